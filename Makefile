@@ -1,0 +1,40 @@
+# Every target makes what it needs: a fresh machine needs Python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint types fmt cov clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# The stamp holds the install; it is made again when the project's metadata changes.
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tracker-daemon needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed  ## embedded Postgres, live chat traffic, and a verdict on every row
+	$(BIN)/tracker-daemon demo $(ARGS)
+
+test: .venv/installed  ## the whole suite on a real Postgres, a few minutes
+	$(BIN)/python -X dev -m pytest $(ARGS)
+
+cov: .venv/installed  ## the suite with coverage by line and branch
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m pytest --cov=tracker_daemon --cov-branch --cov-report=term $(ARGS)
+
+lint: .venv/installed  ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed  ## mypy --strict
+	$(BIN)/mypy
+
+fmt: .venv/installed  ## put the code in format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the targets made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist .coverage*

@@ -1,0 +1,1 @@
+"""Write-behind conversation tracking for chat servers."""
