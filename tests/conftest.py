@@ -1,0 +1,82 @@
+"""Fixtures: one real Postgres for the run, an empty schema for each test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import anyio
+import psycopg
+import pytest
+from prometheus_client import CollectorRegistry
+from psycopg import sql
+
+from tracker_daemon.embedded import EmbeddedPostgres
+from tracker_daemon.postgres.connection import Connector
+from tracker_daemon.postgres.schema import migrate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def server_folder() -> Iterator[Path]:
+    """A folder that the server's user can reach, removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="tracker-tests-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres(server_folder: Path) -> Iterator[EmbeddedPostgres]:
+    """One Postgres for the run. fsync is off: these tests kill processes, not machines."""
+    settings = {"fsync": "off", "max_connections": "200", "deadlock_timeout": "200ms"}
+    with EmbeddedPostgres(server_folder / "pg", settings=settings, port=0) as server:
+        yield server
+
+
+@pytest.fixture
+def empty_database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The conninfo of a new, empty database, dropped afterwards."""
+    name = f"t_{uuid4().hex[:12]}"
+    with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    yield psycopg.conninfo.make_conninfo(postgres.conninfo, dbname=name)
+    with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+async def _migrate(conninfo: str, schema: str | None = None, table: str = "conversations") -> list[str]:
+    async with await Connector(conninfo).connect() as connection:
+        return await migrate(connection, schema, table)
+
+
+def run_migrate(conninfo: str, schema: str | None = None, table: str = "conversations") -> list[str]:
+    """Create the tables; return the steps applied."""
+    return anyio.run(_migrate, conninfo, schema, table)
+
+
+@pytest.fixture
+def database(empty_database: str) -> str:
+    """The conninfo of a new database with the tables."""
+    run_migrate(empty_database)
+    return empty_database
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """A Prometheus registry of the test's own."""
+    return CollectorRegistry()
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine reaches a test."""
+    for name in list(os.environ):
+        if name.startswith(("PG", "TRACKER_")):
+            monkeypatch.delenv(name)

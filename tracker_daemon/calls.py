@@ -1,0 +1,104 @@
+"""What a call may carry: the rules of the front door, one function an argument.
+
+Rules:
+1. A value is accepted as it is or refused with `InvalidCall`; nothing is rounded, cut or guessed.
+2. What comes back is of the exact built-in type: a subclass's own methods never run in the worker.
+3. Names have 1 to 512 bytes in UTF-8, no NUL (Postgres text cannot hold one), no lone surrogate (UTF-8 has none).
+4. Tokens are integers within ±(2**63 - 1), the range of `bigint` less its odd one out.
+5. Costs are finite; a float counts as the decimal that `repr` prints. Their digits fit `numeric`.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from operator import index
+from typing import Final, TypeAlias
+
+from tracker_daemon.errors import InvalidCall
+
+NAME_BYTES: Final = 512
+TOKENS_LIMIT: Final = 2**63
+
+# PostgreSQL manual, "Arbitrary Precision Numbers": up to 131,072 digits before the point, 16,383 after.
+COST_DIGITS_BEFORE: Final = 131_072
+COST_DIGITS_AFTER: Final = 16_383
+_COST_INT_BITS: Final = 435_000  # below 10**131_072; counts in constant time
+
+EXACT_COST_TYPES: Final = frozenset({int, float, Decimal})
+
+Cost: TypeAlias = "int | float | Decimal"
+
+
+def name(argument: str, value: object) -> str:
+    """Return *value* as a plain `str`, or raise `InvalidCall` naming *argument* (rule 3)."""
+    if not isinstance(value, str):
+        raise InvalidCall(argument, "must be a str", value)
+    text = str.__str__(value) if type(value) is str else str.__add__("", value)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidCall(argument, "must not contain a lone surrogate", value) from None
+    if not size:
+        raise InvalidCall(argument, "must not be empty", value)
+    if size > NAME_BYTES:
+        raise InvalidCall(argument, f"must have at most {NAME_BYTES} bytes in UTF-8, has {size}", value)
+    if "\0" in text:
+        raise InvalidCall(argument, "must not contain NUL", value)
+    return text
+
+
+def optional_name(argument: str, value: object) -> str | None:
+    """Return *value* as `name` does, or `None` for `None`."""
+    return None if value is None else name(argument, value)
+
+
+def tokens(value: object) -> int:
+    """Return *value* as a plain `int` (rule 4); anything with `__index__` but `bool`."""
+    if isinstance(value, bool):
+        raise InvalidCall("tokens", "must be an integer, not a bool", value)
+    try:
+        number = int(index(value))  # type: ignore[arg-type]  # what has no __index__ is the TypeError below
+    except TypeError:
+        raise InvalidCall("tokens", "must be an integer", value) from None
+    except Exception as error:
+        raise InvalidCall("tokens", f"has an __index__ that fails ({type(error).__name__})", value) from error
+    if not -TOKENS_LIMIT < number < TOKENS_LIMIT:
+        raise InvalidCall("tokens", "must be between -(2**63 - 1) and 2**63 - 1", value)
+    return number
+
+
+def cost(value: object) -> Cost:
+    """Return *value* as a plain `int`, `float` or `Decimal` (rule 5)."""
+    if isinstance(value, bool):
+        raise InvalidCall("cost", "must be an int, float or Decimal, not a bool", value)
+    if isinstance(value, int):
+        if value.bit_length() > _COST_INT_BITS:
+            raise InvalidCall(
+                "cost", f"must have at most {COST_DIGITS_BEFORE} digits before the point", value
+            )
+        return int.__int__(value)
+    if isinstance(value, float):
+        plain = float.__float__(value)
+        if plain - plain != 0:
+            raise InvalidCall("cost", "must be finite", value)
+        return plain
+    if isinstance(value, Decimal):
+        return _decimal(value)
+    raise InvalidCall("cost", "must be an int, float or Decimal", value)
+
+
+def _decimal(value: Decimal) -> Decimal:
+    plain = value if type(value) is Decimal else Decimal(value)
+    if not plain.is_finite():
+        raise InvalidCall("cost", "must be finite", value)
+    exponent = plain.as_tuple().exponent
+    if isinstance(exponent, int) and -exponent > COST_DIGITS_AFTER:
+        raise InvalidCall("cost", f"must have at most {COST_DIGITS_AFTER} digits after the point", value)
+    if plain.adjusted() >= COST_DIGITS_BEFORE:
+        raise InvalidCall("cost", f"must have at most {COST_DIGITS_BEFORE} digits before the point", value)
+    return plain
+
+
+def decimal(value: Cost) -> Decimal:
+    """Return a checked cost as the decimal it counts as (rule 5)."""
+    return value if isinstance(value, Decimal) else Decimal(repr(value))

@@ -1,0 +1,208 @@
+"""What one thread gained: the sum of its calls, and how two sums merge.
+
+Rules:
+1. Pure: no clock, I/O, log or randomness. Adding calls one by one, or merging the sums of any two consecutive
+   parts of them, gives the same delta: totals do not depend on how calls fell into windows.
+2. Costs add as decimals, never as binary fractions. Up to 12 digits after the point they are integers of 10**-12
+   (`cost_units`); what does not fit goes to `cost_rest`, exact as well.
+3. `agents` are in order of first use, without duplicates.
+4. `first_at` is the earliest instant of any call; `last_turn_at` the latest of `record_turn`, whose calls alone are
+   activity; of several `resolve` the one with the latest instant stays, and of equal instants the last one called.
+5. Instants are whole microseconds since 1970 in UTC, as Postgres stores them.
+"""
+
+from __future__ import annotations
+
+from decimal import Clamped, Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow, Rounded
+from typing import TYPE_CHECKING, Final, final
+
+if TYPE_CHECKING:
+    from tracker_daemon.calls import Cost
+
+COST_SCALE: Final = 12
+_UNITS_PER_DOLLAR: Final = 10**COST_SCALE
+_FLOAT_UNITS: Final = 1e12
+# Decimals of up to 15 digits and floats are one to one, so below 10**15 units the division tells the truth.
+_EXACT_BELOW: Final = 1e3
+
+# Wide enough for every sum of what `calls.cost` lets in; a digit lost would be an exception, not a rounding.
+EXACT: Final = Context(
+    prec=200_000,
+    Emax=999_999,
+    Emin=-999_999,
+    traps=[Inexact, Rounded, InvalidOperation, Overflow, Clamped, DivisionByZero],
+)
+
+
+@final
+class ThreadDelta:
+    """The sum of the calls on one thread between two flushes.
+
+    The open window adds to it; once it is in a sealed batch, or handed out by `Tracker.pending`, nobody does.
+
+    Attributes:
+        thread_id: the thread.
+        ensures, turns, resolves: calls of each kind.
+        tokens: sum of tokens; not bounded here, the column's bound is the database's.
+        agents: names in order of first use.
+        first_at: earliest call, microseconds since 1970.
+        last_turn_at: latest `record_turn`, microseconds since 1970, or `None` without a turn.
+        resolution_type, resolved_at: of the latest `resolve`, or `None`.
+        cost_units, cost_rest: the cost in two parts; `cost` is their sum.
+    """
+
+    __slots__ = (
+        "agents",
+        "cost_rest",
+        "cost_units",
+        "ensures",
+        "first_at",
+        "last_turn_at",
+        "resolution_type",
+        "resolved_at",
+        "resolves",
+        "thread_id",
+        "tokens",
+        "turns",
+    )
+
+    def __init__(self, thread_id: str, first_at: int) -> None:
+        self.thread_id = thread_id
+        self.ensures = self.turns = self.resolves = 0
+        self.tokens = 0
+        self.cost_units = 0
+        self.cost_rest: Decimal | None = None
+        self.agents: tuple[str, ...] = ()
+        self.first_at = first_at
+        self.last_turn_at: int | None = None
+        self.resolution_type: str | None = None
+        self.resolved_at: int | None = None
+
+    @property
+    def calls(self) -> int:
+        """How many calls are summed here."""
+        return self.ensures + self.turns + self.resolves
+
+    @property
+    def cost(self) -> Decimal:
+        """The exact sum of the costs, US dollars, without trailing zeros."""
+        units = Decimal(self.cost_units).scaleb(-COST_SCALE, EXACT)
+        return plain(units if self.cost_rest is None else EXACT.add(units, self.cost_rest))
+
+    def ensure(self, at: int) -> None:
+        """Add one `ensure_conversation` at *at*."""
+        self.ensures += 1
+        self.first_at = min(self.first_at, at)
+
+    def turn(self, agent_name: str | None, tokens: int, cost: Cost, at: int) -> None:
+        """Add one `record_turn` at *at*."""
+        self.turns += 1
+        self.tokens += tokens
+        if cost:
+            self._pay(cost)
+        if agent_name is not None and agent_name not in self.agents:
+            self.agents += (agent_name,)
+        last = self.last_turn_at
+        if last is None or at > last:
+            self.last_turn_at = at
+        self.first_at = min(self.first_at, at)
+
+    def resolve(self, resolution_type: str, at: int) -> None:
+        """Add one `resolve` at *at*."""
+        self.resolves += 1
+        self._resolved(resolution_type, at)
+        self.first_at = min(self.first_at, at)
+
+    def merge(self, later: ThreadDelta) -> ThreadDelta:
+        """Return the sum of this delta and *later*, whose calls came after; neither is changed."""
+        total = self.copy()
+        total.ensures += later.ensures
+        total.turns += later.turns
+        total.resolves += later.resolves
+        total.tokens += later.tokens
+        total.cost_units += later.cost_units
+        if later.cost_rest is not None:
+            total._add_rest(later.cost_rest)
+        total.agents += tuple(name for name in later.agents if name not in total.agents)
+        total.first_at = min(total.first_at, later.first_at)
+        if later.last_turn_at is not None:
+            total.last_turn_at = max(later.last_turn_at, total.last_turn_at or later.last_turn_at)
+        if later.resolution_type is not None and later.resolved_at is not None:
+            total._resolved(later.resolution_type, later.resolved_at)
+        return total
+
+    def copy(self) -> ThreadDelta:
+        """Return an equal delta that shares nothing that changes."""
+        twin = ThreadDelta(self.thread_id, self.first_at)
+        for name in ThreadDelta.__slots__:
+            setattr(twin, name, getattr(self, name))
+        return twin
+
+    def _pay(self, cost: Cost) -> None:
+        if type(cost) is float:
+            if -_EXACT_BELOW < cost < _EXACT_BELOW:
+                units = round(cost * _FLOAT_UNITS)
+                if units / _FLOAT_UNITS == cost:
+                    self.cost_units += units
+                    return
+            self._add_rest(Decimal(repr(cost)))
+        elif type(cost) is int:
+            self.cost_units += cost * _UNITS_PER_DOLLAR
+        else:
+            self._add_rest(cost)  # type: ignore[arg-type]  # the door lets int, float and Decimal in
+
+    def _add_rest(self, cost: Decimal) -> None:
+        units = cost.scaleb(COST_SCALE, EXACT) if cost.adjusted() < 15 else cost
+        if units is not cost and units == units.to_integral_value():
+            self.cost_units += int(units)
+        else:
+            self.cost_rest = cost if self.cost_rest is None else EXACT.add(self.cost_rest, cost)
+
+    def _resolved(self, resolution_type: str, at: int) -> None:
+        if self.resolved_at is None or at >= self.resolved_at:
+            self.resolution_type, self.resolved_at = resolution_type, at
+
+    def _key(self) -> tuple[object, ...]:
+        return (
+            self.thread_id,
+            self.ensures,
+            self.turns,
+            self.resolves,
+            self.tokens,
+            self.cost,
+            self.agents,
+            self.first_at,
+            self.last_turn_at,
+            self.resolution_type,
+            self.resolved_at,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, ThreadDelta) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # it changes while its window is open
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name in _SHOWN if getattr(self, name))
+        return f"ThreadDelta({self.thread_id!r}, {', '.join(shown)})"
+
+
+_SHOWN = (
+    "ensures",
+    "turns",
+    "resolves",
+    "tokens",
+    "cost",
+    "agents",
+    "first_at",
+    "last_turn_at",
+    "resolution_type",
+    "resolved_at",
+)
+
+
+def plain(value: Decimal) -> Decimal:
+    """Return *value* without trailing zeros after the point and without an exponent above it."""
+    short = value.normalize(EXACT)
+    exponent = short.as_tuple().exponent
+    return short.quantize(Decimal(1), context=EXACT) if isinstance(exponent, int) and exponent > 0 else short

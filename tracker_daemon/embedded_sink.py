@@ -1,0 +1,44 @@
+"""`embedded:DIR`: a Postgres of the tracker's own, started with the worker and stopped with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tracker_daemon.embedded import EmbeddedPostgres
+from tracker_daemon.postgres.connection import Connector
+from tracker_daemon.postgres.schema import migrate
+from tracker_daemon.postgres.sink import PostgresSink
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from uuid import UUID
+
+    from tracker_daemon.sink import Opened
+
+
+class EmbeddedSink(PostgresSink):
+    """A `PostgresSink` that starts its server in *directory*, makes the tables, and stops the server at the end.
+
+    A directory whose server runs already is an error that names the process: one tracker, one directory.
+    """
+
+    def __init__(self, directory: Path, table: tuple[str | None, str], *, create_missing: bool) -> None:
+        self._server = EmbeddedPostgres(directory)
+        self._migrated = False
+        super().__init__(Connector(lambda: self._server.conninfo), table, create_missing=create_missing)
+
+    async def open(self, producer: UUID, lane: int) -> Opened:
+        """See `Sink.open`."""
+        if not self._migrated:
+            # Blocks the worker's thread for about a second, and nobody else.
+            self._server.start()
+            connection = await Connector(self._server.conninfo).connect()
+            async with connection:
+                await migrate(connection, *self._table)
+            self._migrated = True
+        return await super().open(producer, lane)
+
+    async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
+        """See `Sink.aclose`."""
+        await super().aclose(producer, lane, clean=clean)
+        self._server.stop()

@@ -1,0 +1,74 @@
+"""The ways a process begins and ends, and what a tracker does then.
+
+Which exits run what (checked on CPython 3.11 to 3.13): a script's end, an uncaught exception, SIGINT, gunicorn's sync
+and gthread workers and hypercorn run `atexit`; a `multiprocessing` child runs its own finalizers only; under uvicorn
+SIGTERM ends in a re-raised signal, so only the ASGI lifespan runs; a script under default SIGTERM, `os._exit` and
+SIGKILL run nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Exiting(Protocol):
+    """What is told of forks and exits."""
+
+    def at_exit(self) -> None:
+        """The process ends."""
+        ...
+
+    def at_fork(self) -> None:
+        """This is a fork's child: forget the parent's calls, and start nothing."""
+        ...
+
+
+# Held until closed: a tracker that its owner dropped still has calls to deliver.
+_alive: dict[int, Exiting] = {}
+_hooked_pid = 0
+
+
+def watch(tracker: Exiting) -> None:
+    """Have *tracker* told, until `forget`. Again in a fork's child, when it is used there."""
+    global _hooked_pid  # noqa: PLW0603 - one set of hooks a process
+    _alive[id(tracker)] = tracker
+    if not _hooked_pid:
+        os.register_at_fork(after_in_child=_after_fork)
+        atexit.register(_at_exit)
+    if _hooked_pid != os.getpid():
+        _hooked_pid = os.getpid()
+        _hook_multiprocessing()
+
+
+def forget(tracker: Exiting) -> None:
+    """Have *tracker* told no more: it is closed."""
+    _alive.pop(id(tracker), None)
+
+
+def _hook_multiprocessing() -> None:
+    # Only where it is loaded already: a process that it started has it.
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        from multiprocessing.util import Finalize  # noqa: PLC0415
+
+        # A positive priority: run by the child's end, while the program's own objects still work.
+        Finalize(None, _at_exit, exitpriority=100)
+
+
+def _each(tell: Callable[[Exiting], None]) -> None:
+    for tracker in list(_alive.values()):
+        tell(tracker)
+
+
+def _at_exit() -> None:
+    _each(lambda tracker: tracker.at_exit())
+
+
+def _after_fork() -> None:
+    _each(lambda tracker: tracker.at_fork())

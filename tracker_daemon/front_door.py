@@ -1,0 +1,198 @@
+"""The three calls: validate, stamp, append.
+
+Rules:
+1. The path of an ordinary call takes no lock, does no I/O, touches no metric, and reads the clock once.
+2. Whatever is not ordinary (an unusual type, a name not seen before, a worker asleep or not started, a bound near,
+   a closed tracker, a process forked) fails one comparison there and goes the slow way, which knows what to do.
+3. Nothing here waits: not for the database, not for the worker. A signal handler or a finalizer may call.
+"""
+
+from __future__ import annotations
+
+import os
+from threading import RLock
+from time import time_ns
+from typing import TYPE_CHECKING, Final, Protocol
+
+from tracker_daemon import calls
+from tracker_daemon.errors import InvalidCall, QueueFull, TrackerClosed
+
+if TYPE_CHECKING:
+    from tracker_daemon.backlog import Backlog, Record
+
+REJECTED_REASONS: Final = ("invalid", "full", "closed")
+_KNOWN_AGENTS: Final = 1_024
+
+
+class Worker(Protocol):
+    """What the door needs of whoever empties the queue."""
+
+    closed: bool
+
+    def wake(self) -> None:
+        """Look at the queue now; start if need be."""
+        ...
+
+
+class Refusals:
+    """Counts refused calls by reason. Its lock is taken on refusal only, and by no one for longer than a count."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        self.counts = dict.fromkeys(REJECTED_REASONS, 0)
+
+    def add(self, reason: str) -> None:
+        """Count one."""
+        with self._lock:
+            self.counts[reason] += 1
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        with self._lock:
+            return sum(self.counts.values())
+
+
+class FrontDoor:
+    """Takes calls from any thread into the backlog's queue."""
+
+    _backlog: Backlog
+    _worker: Worker
+    _refusals: Refusals
+    _raise: bool
+    _pid: int
+    _agents: dict[str | None, str | None]
+
+    def ensure_conversation(self, thread_id: str) -> bool:
+        """Create the conversation's row at the next flush if it does not exist.
+
+        Args:
+            thread_id: 1 to 512 bytes in UTF-8, no NUL, no lone surrogate.
+
+        Returns:
+            `True`: accepted. `False`: full or closed, with `overflow="drop"`; counted as rejected.
+
+        Raises:
+            InvalidCall: the argument is malformed; nothing was enqueued.
+            QueueFull, TrackerClosed: not accepted, with `overflow="raise"`.
+        """
+        backlog = self._backlog
+        if (
+            type(thread_id) is str
+            and thread_id.isascii()
+            and 0 < len(thread_id) <= 512
+            and "\0" not in thread_id
+            and len(backlog.queue) < backlog.gate
+        ):
+            backlog.queue.append((thread_id, time_ns()))
+            return True
+        try:
+            name = calls.name("thread_id", thread_id)
+        except InvalidCall:
+            self._refusals.add("invalid")
+            raise
+        return self._enter((name, time_ns()))
+
+    def record_turn(
+        self, thread_id: str, agent_name: str | None = None, tokens: int = 0, cost: calls.Cost = 0
+    ) -> bool:
+        """Count one turn of the conversation.
+
+        Args:
+            thread_id: 1 to 512 bytes in UTF-8, no NUL, no lone surrogate.
+            agent_name: the same, or `None`.
+            tokens: an integer (anything with `__index__`, not `bool`), |n| < 2**63.
+            cost: US dollars; `int`, `float` or `Decimal`, finite. A float counts as the decimal that `repr` prints.
+
+        Returns:
+            `True`: accepted. `False`: full or closed, with `overflow="drop"`; counted as rejected.
+
+        Raises:
+            InvalidCall: an argument is malformed; nothing was enqueued.
+            QueueFull, TrackerClosed: not accepted, with `overflow="raise"`.
+        """
+        backlog = self._backlog
+        try:
+            # Tokens below 2**30 compare as single digits; the rarer rest goes the slow way.
+            if (
+                type(thread_id) is str
+                and thread_id.isascii()
+                and 0 < len(thread_id) <= 512
+                and "\0" not in thread_id
+                and type(tokens) is int
+                and 0 <= tokens < 1_000_000_000
+                and (type(cost) is float or type(cost) is int)
+                and 0.0 <= cost < 1e9
+                and len(backlog.queue) < backlog.gate
+            ):
+                backlog.queue.append((thread_id, self._agents[agent_name], tokens, cost, time_ns()))
+                return True
+        except Exception:  # noqa: S110 - an agent not seen before, or what is no name at all: the slow way says which
+            pass
+        try:
+            record = (
+                calls.name("thread_id", thread_id),
+                calls.optional_name("agent_name", agent_name),
+                calls.tokens(tokens),
+                calls.cost(cost),
+                time_ns(),
+            )
+        except InvalidCall:
+            self._refusals.add("invalid")
+            raise
+        if len(self._agents) < _KNOWN_AGENTS:
+            self._agents[record[1]] = record[1]
+        return self._enter(record)
+
+    def resolve(self, thread_id: str, resolution_type: str) -> bool:
+        """Mark the conversation as resolved, now; of several the later wins.
+
+        Args:
+            thread_id: 1 to 512 bytes in UTF-8, no NUL, no lone surrogate.
+            resolution_type: the same.
+
+        Returns:
+            `True`: accepted. `False`: full or closed, with `overflow="drop"`; counted as rejected.
+
+        Raises:
+            InvalidCall: an argument is malformed; nothing was enqueued.
+            QueueFull, TrackerClosed: not accepted, with `overflow="raise"`.
+        """
+        try:
+            record = (
+                calls.name("thread_id", thread_id),
+                calls.name("resolution_type", resolution_type),
+                time_ns(),
+            )
+        except InvalidCall:
+            self._refusals.add("invalid")
+            raise
+        backlog = self._backlog
+        if len(backlog.queue) < backlog.gate:
+            backlog.queue.append(record)
+            return True
+        return self._enter(record)
+
+    def _enter(self, record: Record) -> bool:
+        """Append a validated call, unless closed or full; see to it that a worker looks at it."""
+        if os.getpid() != self._pid:
+            self._after_fork()
+        if self._worker.closed:
+            self._refusals.add("closed")
+            if self._raise:
+                raise TrackerClosed
+            return False
+        backlog = self._backlog
+        if bound := backlog.admit(record[0]):
+            self._refusals.add("full")
+            self._worker.wake()
+            if self._raise:
+                raise QueueFull(bound, getattr(backlog, bound))
+            return False
+        # First the call, then the waking: the worker that looks finds it.
+        backlog.queue.append(record)
+        self._worker.wake()
+        return True
+
+    def _after_fork(self) -> None:
+        raise NotImplementedError

@@ -1,0 +1,60 @@
+"""Waiting, on the host's own event loop, for what happens in the worker's thread.
+
+asyncio and trio alike, without a thread of the host's and without the worker ever waiting for the host.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+
+def _call_soon() -> Callable[[Callable[[], Any]], Any]:
+    """Return how another thread has a function called on the running loop, without waiting."""
+    if trio := sys.modules.get("trio"):
+        with suppress(RuntimeError):  # trio is imported, but this is not one of its tasks
+            return trio.lowlevel.current_trio_token().run_sync_soon  # type: ignore[no-any-return]
+    import asyncio  # noqa: PLC0415 - a trio program may never have imported it
+
+    return asyncio.get_running_loop().call_soon_threadsafe
+
+
+async def wait_done(future: Future[Any], timeout: float | None) -> bool:  # noqa: ASYNC109 - it is the point
+    """Wait until *future* is done, at most *timeout* seconds; return whether it is. Cancellable."""
+    if future.done():
+        await anyio.lowlevel.checkpoint()
+        return True
+    event, call_soon = anyio.Event(), _call_soon()
+
+    def wake(_: Future[Any]) -> None:
+        with suppress(RuntimeError):  # the host's loop is gone, and with it whoever waited
+            call_soon(event.set)
+
+    future.add_done_callback(wake)
+    with anyio.move_on_after(timeout):
+        await event.wait()
+    return future.done()
+
+
+async def wait_shielded(future: Future[Any], timeout: float) -> bool:  # noqa: ASYNC109
+    """Like `wait_done`, but a cancellation is held back until the future is done or *timeout* has passed."""
+    cancelled: BaseException | None = None
+    deadline = anyio.current_time() + timeout
+    with anyio.CancelScope(shield=True):
+        while not future.done() and (left := deadline - anyio.current_time()) > 0:
+            try:
+                await wait_done(future, left)
+            except anyio.get_cancelled_exc_class() as error:
+                # Only `asyncio.Task.cancel` gets through the shield, once a call; it takes effect when we are done.
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return future.done()

@@ -1,0 +1,1 @@
+"""The Postgres adapter: a `Sink` over one set-based merge a transaction."""

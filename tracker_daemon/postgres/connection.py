@@ -1,0 +1,93 @@
+"""How a connection of our own is made: from a conninfo, or as the server's pool would make it.
+
+Rules:
+1. Everything is read again at each connect: callables, environment, password files, host names.
+2. What the user set stays; where nothing is set, a dead peer is noticed within half a minute and a standby refused.
+3. A connection is in autocommit: transactions are explicit, and say READ COMMITTED whatever the server's default.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Final
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from tracker_daemon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from psycopg_pool import AsyncConnectionPool
+
+DEFAULTS: Final[dict[str, str | int]] = {
+    "application_name": "tracker-daemon",
+    "connect_timeout": 10,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    # A former primary that is read-only now is refused here, and the next host or address is tried.
+    "target_session_attrs": "read-write",
+}
+# Of the driver, not of libpq: ours are fixed below, these are the user's.
+_DRIVER_KEYS: Final = ("prepare_threshold", "context")
+
+
+async def _value(setting: Any) -> Any:
+    """Return *setting*, or what it returns if it is a function, awaited if need be."""
+    found = setting() if callable(setting) else setting
+    return await found if inspect.isawaitable(found) else found
+
+
+class Connector:
+    """Makes connections.
+
+    Args:
+        conninfo: a libpq URL or key=value string, or a function that returns one.
+        kwargs: further parameters, or a function that returns them.
+        configure: awaited with every new connection.
+    """
+
+    def __init__(
+        self,
+        conninfo: str | Callable[[], Any],
+        kwargs: dict[str, Any] | Callable[[], Any] | None = None,
+        configure: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> None:
+        if isinstance(conninfo, str):
+            try:
+                conninfo_to_dict(conninfo)
+            except psycopg.ProgrammingError as error:
+                text = " ".join(str(error).split())
+                raise ConfigError("sink", f"is not a valid Postgres URL or conninfo ({text})", "…") from None
+        self._conninfo, self._kwargs, self._configure = conninfo, kwargs, configure
+
+    @classmethod
+    def of_pool(cls, pool: AsyncConnectionPool[Any]) -> Connector:
+        """Return what makes connections as *pool* does; its own stay untouched."""
+        return cls(pool.conninfo, pool.kwargs, pool._configure)  # noqa: SLF001 - psycopg_pool has no other way
+
+    async def connect(self) -> psycopg.AsyncConnection[Any]:
+        """Return a new connection; raises what the driver raises."""
+        kwargs = dict(await _value(self._kwargs) or {})
+        driver = {key: kwargs.pop(key) for key in _DRIVER_KEYS if key in kwargs}
+        for key in ("autocommit", "row_factory", "cursor_factory"):
+            kwargs.pop(key, None)
+        parameters = {**conninfo_to_dict(await _value(self._conninfo) or ""), **kwargs}
+        # A service file may set any of them, which is not seen here.
+        defaults = {} if "service" in parameters else DEFAULTS
+        connection: psycopg.AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
+            **{**defaults, **parameters}, autocommit=True, **driver
+        )
+        if self._configure is not None:
+            try:
+                await self._configure(connection)
+                if connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                    await connection.rollback()
+                await connection.set_autocommit(True)
+            except BaseException:
+                await connection.close()
+                raise
+        return connection

@@ -1,0 +1,187 @@
+"""The tables: making them, and finding out whether those that exist will do.
+
+Rules:
+1. A table of conversations that exists is used as it is, whatever other columns it has.
+2. Migrations are numbered, each applied once in the transaction that records it, under one advisory lock: running
+   twice, or twice at once, changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from psycopg import sql
+from psycopg.rows import tuple_row
+
+from tracker_daemon.errors import SchemaError
+from tracker_daemon.postgres.statements import Statements, migrations
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection
+
+COLUMNS: Final[dict[str, tuple[str, ...]]] = {
+    "thread_id": ("text", "character varying"),
+    "started_at": ("timestamp with time zone",),
+    "last_activity": ("timestamp with time zone",),
+    "turn_count": ("integer", "bigint"),
+    "agents_used": ("text[]",),
+    "total_tokens": ("bigint", "integer"),
+    "total_cost_usd": ("numeric", "double precision"),
+    "resolution_type": ("text", "character varying"),
+    "ended_at": ("timestamp with time zone",),
+}
+LEDGER_COLUMNS: Final = (
+    "producer",
+    "lane",
+    "epoch",
+    "applied_sequence",
+    "opened_at",
+    "updated_at",
+    "closed_at",
+)
+DEAD_LETTER_COLUMNS: Final = (
+    "producer",
+    "lane",
+    "sequence",
+    "thread_id",
+    "delta",
+    "sqlstate",
+    "error",
+    "at",
+)
+_LOCK: Final = 0x7472_6163_6B65_7264  # "trackerd": one migration at a time in a database
+
+
+async def find_schema(connection: AsyncConnection[Any], schema: str | None, table: str) -> str:
+    """Return the schema of *table*: the given one, the one where the search path finds it, or the first of the path."""
+    if schema is not None:
+        return schema
+    cursor = connection.cursor(row_factory=tuple_row)
+    await cursor.execute(
+        "SELECT coalesce((SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE c.oid = to_regclass(%s)), current_schema())",
+        [sql.Identifier(table).as_string(connection)],
+    )
+    row = await cursor.fetchone()
+    if row is None or row[0] is None:
+        raise SchemaError(
+            "the search_path names no schema that exists; qualify the table (table='schema.name')"
+        )
+    return str(row[0])
+
+
+async def faults_of(connection: AsyncConnection[Any], schema: str, table: str) -> list[str]:
+    """Return what is missing or of another type, a sentence each; empty when the flush can work."""
+    found: list[str] = []
+    columns = await _columns(connection, schema, table)
+    if columns is None:
+        found.append(f"table {schema}.{table} does not exist")
+    else:
+        for name, types in COLUMNS.items():
+            if name not in columns:
+                found.append(f"column {schema}.{table}.{name} is missing; it must be {' or '.join(types)}")
+            elif columns[name] not in types:
+                found.append(
+                    f"column {schema}.{table}.{name} is {columns[name]}; it must be {' or '.join(types)}"
+                )
+        if not found and not await _has_unique_thread_id(connection, schema, table):
+            found.append(f"table {schema}.{table} has no primary key or unique index on (thread_id) alone")
+    for name, needed in (("tracker_ledger", LEDGER_COLUMNS), ("tracker_dead_letters", DEAD_LETTER_COLUMNS)):
+        columns = await _columns(connection, schema, name)
+        if columns is None:
+            found.append(f"table {schema}.{name} does not exist")
+        else:
+            found += [f"column {schema}.{name}.{c} is missing" for c in needed if c not in columns]
+    return found
+
+
+async def check(connection: AsyncConnection[Any], schema: str, table: str) -> None:
+    """Raise `SchemaError` naming everything that the flush would stumble over."""
+    found = await faults_of(connection, schema, table)
+    if found:
+        raise SchemaError(schema_message(found, schema, table))
+
+
+def schema_message(found: list[str], schema: str, table: str) -> str:
+    """Return what is wrong and what to do about it."""
+    option = "" if (schema, table) == ("public", "conversations") else f" --table {schema}.{table}"
+    mends = []
+    if any(each.endswith("does not exist") for each in found):
+        mends.append(f"run `tracker-daemon migrate --database URL{option}`")
+    if any(each.startswith(("column", "table")) and not each.endswith("does not exist") for each in found):
+        mends.append("alter what exists by hand")
+    return f"{'; '.join(found)}. To mend it: {' and '.join(mends)}"
+
+
+async def migrate(connection: AsyncConnection[Any], schema: str | None, table: str) -> list[str]:
+    """Create or upgrade the tables in one transaction; return the names of the steps that were applied.
+
+    Raises:
+        SchemaError: a table that exists cannot be used; nothing was changed.
+    """
+    async with connection.transaction():
+        cursor = connection.cursor(row_factory=tuple_row)
+        await cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
+        schema = await find_schema(connection, schema, table)
+        names = Statements(schema, table).names
+        if not await _schema_exists(connection, schema):
+            # Asked first: IF NOT EXISTS wants the right to create even where nothing is created.
+            await cursor.execute(sql.SQL("CREATE SCHEMA {schema}").format(**names))
+        await cursor.execute(
+            sql.SQL(
+                "CREATE TABLE IF NOT EXISTS {migrations} (conversations text NOT NULL, number integer NOT NULL,"
+                " name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now(),"
+                " PRIMARY KEY (conversations, number))"
+            ).format(**names)
+        )
+        await cursor.execute(
+            sql.SQL("SELECT number FROM {migrations} WHERE conversations = %s").format(**names), [table]
+        )
+        done = {row[0] for row in await cursor.fetchall()}
+        applied: list[str] = []
+        for number, name, text in migrations():
+            if number not in done or number == 1:
+                # The first only creates what is missing; it also brings back a table that was dropped.
+                await cursor.execute(sql.SQL(text).format(**names))  # type: ignore[arg-type]  # a file of ours
+            if number not in done:
+                await cursor.execute(
+                    sql.SQL(
+                        "INSERT INTO {migrations} (conversations, number, name) VALUES (%s, %s, %s)"
+                    ).format(**names),
+                    [table, number, name],
+                )
+                applied.append(f"{number:04}_{name}")
+        await check(connection, schema, table)
+    return applied
+
+
+async def _schema_exists(connection: AsyncConnection[Any], schema: str) -> bool:
+    cursor = connection.cursor(row_factory=tuple_row)
+    await cursor.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [schema])
+    return await cursor.fetchone() is not None
+
+
+async def _columns(connection: AsyncConnection[Any], schema: str, table: str) -> dict[str, str] | None:
+    cursor = connection.cursor(row_factory=tuple_row)
+    await cursor.execute(
+        "SELECT a.attname, format_type(a.atttypid, NULL)"
+        " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
+        " WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'f', 'v')",
+        [schema, table],
+    )
+    rows = await cursor.fetchall()
+    return {row[0]: row[1] for row in rows if row[0] is not None} if rows else None
+
+
+async def _has_unique_thread_id(connection: AsyncConnection[Any], schema: str, table: str) -> bool:
+    cursor = connection.cursor(row_factory=tuple_row)
+    await cursor.execute(
+        "SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]"
+        " WHERE n.nspname = %s AND c.relname = %s AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1"
+        " AND i.indpred IS NULL AND i.indexprs IS NULL AND a.attname = 'thread_id'",
+        [schema, table],
+    )
+    return await cursor.fetchone() is not None

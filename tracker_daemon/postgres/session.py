@@ -1,0 +1,104 @@
+"""One connection for its lifetime: what it can do, its deadlines, and how it ends.
+
+Rules:
+1. Every exchange has a deadline on this side, beside the server's `statement_timeout`: a peer that is deaf holds
+   nobody. At the deadline the socket is shut down, which makes whatever waits on it fail at once. (Cancelling the
+   waiting task would not do: the driver then asks the server to cancel, and waits for that.)
+2. Behind a pooler in transaction mode nothing outlives a transaction: no prepared statement, no temporary table.
+   A pooler is recognized by the process number it gives, which is not the server's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from psycopg.rows import tuple_row
+
+from tracker_daemon.postgres import schema
+from tracker_daemon.postgres.statements import Statements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import psycopg
+
+    from tracker_daemon.postgres.connection import Connector
+
+
+class Session:
+    """A checked connection. Make one with `Session.open`.
+
+    Attributes:
+        connection: in autocommit.
+        statements: for the table that was found.
+        pooled: whether a pooler is in between.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self.connection = connection
+        self.statements: Statements
+        self.pooled = False
+        self.overdue = False
+        """Whether the deadline of an exchange has passed, and with it the connection."""
+
+    @classmethod
+    async def open(
+        cls, connector: Connector, table: tuple[str | None, str], *, create_missing: bool, timeout: float
+    ) -> Session:
+        """Connect and look at the tables.
+
+        Raises:
+            SchemaError: the tables will not do; the message says what to run or to alter.
+        """
+        session = cls(await connector.connect())
+        try:
+            with session.deadline(timeout):
+                await session._look(*table, create_missing=create_missing)
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+    async def _look(self, schema_name: str | None, table: str, *, create_missing: bool) -> None:
+        cursor = self.cursor()
+        await cursor.execute("SELECT pg_backend_pid()", prepare=False)
+        row = await cursor.fetchone()
+        self.pooled = row is None or row[0] != self.connection.info.backend_pid
+        if self.pooled:
+            self.connection.prepare_threshold = None
+        found = await schema.find_schema(self.connection, schema_name, table)
+        await schema.check(self.connection, found, table)
+        self.statements = Statements(found, table, create_missing)
+
+    def cursor(self) -> psycopg.AsyncCursor[tuple[Any, ...]]:
+        """Return a cursor whose rows are tuples, whatever the connection was configured for."""
+        return self.connection.cursor(row_factory=tuple_row)
+
+    @contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Sever the connection when what is inside takes longer than *seconds*."""
+        handle = asyncio.get_running_loop().call_later(seconds, self._pass)
+        try:
+            yield
+        finally:
+            handle.cancel()
+
+    def _pass(self) -> None:
+        self.overdue = True
+        self.sever()
+
+    def sever(self) -> None:
+        """Shut the socket down, from any thread; what waits on it fails at once."""
+        with suppress(Exception):  # closed meanwhile, which is as good
+            copy = socket.socket(fileno=os.dup(self.connection.fileno()))
+            with copy:
+                copy.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        with suppress(Exception):  # it is given up in any case
+            await self.connection.close()

@@ -1,0 +1,287 @@
+"""The Postgres sink: one transaction a batch.
+
+Rules:
+1. The ledger's compare-and-set and the data commit together or not at all.
+2. Small batches, and all behind a pooler, are one statement with arrays, in one round trip; large ones are staged by
+   COPY. Both run the same merge.
+3. After an exception that leaves the outcome unknown the connection is dropped; the ledger tells when the batch
+   comes again.
+4. Data that the database refuses is looked for by halving, each half under a savepoint, all in one transaction: what
+   stands alone is set aside as a dead letter, the rest commits with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio.lowlevel
+
+from tracker_daemon.errors import Fenced, SchemaError
+from tracker_daemon.postgres import encoding, faults
+from tracker_daemon.postgres.dead_letters import bury
+from tracker_daemon.postgres.session import Session
+from tracker_daemon.sink import Applied, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from tracker_daemon.batch import Batch
+    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.postgres.connection import Connector
+
+# Below it COPY is not faster than arrays.
+COPY_FROM: Final = 5_000
+_COPY_BREATH: Final = 256
+_LOCK_TIMEOUT: Final = 0.5  # of the statement's
+_MOST_TIMEOUT: Final = 600.0
+_CLOSE_TIMEOUT: Final = 2.0
+
+
+class PostgresSink:
+    """A `Sink` for one table.
+
+    Args:
+        connector: makes connections.
+        table: schema (or `None`: the search path's) and name.
+        create_missing: whether a delta without an `ensure` may create its row.
+        statement_timeout: seconds for one flush. It doubles with each flush that fails by it, up to 10 minutes: a batch
+            keeps its identity, so it cannot be made smaller for a server that has become slow.
+        copy_from: deltas from which on a batch goes by COPY.
+    """
+
+    def __init__(
+        self,
+        connector: Connector,
+        table: tuple[str | None, str],
+        *,
+        create_missing: bool = True,
+        statement_timeout: float = 30.0,
+        copy_from: int = COPY_FROM,
+    ) -> None:
+        self._connector, self._table, self._create_missing = connector, table, create_missing
+        self._first_timeout = self._timeout = statement_timeout
+        self._copy_from = copy_from
+        self._session: Session | None = None
+        self._opened: Opened | None = None
+        self._aborted = False
+
+    # -- the port ---------------------------------------------------------------------------------------------
+
+    async def open(self, producer: UUID, lane: int) -> Opened:
+        """See `Sink.open`."""
+        session = await self._connected()
+        try:
+            with session.deadline(self._timeout):
+                cursor = session.cursor()
+                await cursor.execute(session.statements["collect"])
+                await cursor.execute(session.statements["open"], {"producer": producer, "lane": lane})
+                row = await cursor.fetchone()
+        except Exception as error:
+            raise await self._failed(session, error, "opening the ledger") from error
+        assert row is not None  # noqa: S101 - RETURNING of an upsert
+        self._opened = Opened(*row)
+        return self._opened
+
+    async def apply(self, batch: Batch) -> Applied:
+        """See `Sink.apply`."""
+        session = await self._connected()
+        try:
+            applied = await self._attempt(session, batch)
+        except (Fenced, LedgerMissing, LedgerRegressed):
+            raise
+        except Exception as error:
+            fault = await self._failed(session, error, f"flushing {len(batch.deltas)} threads")
+            if fault.kind == "timeout":
+                self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
+            raise fault from error
+        self._timeout = self._first_timeout
+        return applied
+
+    def abort(self) -> None:
+        """See `Sink.abort`."""
+        session = self._session
+        if session is not None:
+            session.sever()
+
+    async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
+        """See `Sink.aclose`."""
+        session = self._session
+        if session is not None and clean and self._opened is not None:
+            key = {"producer": producer, "lane": lane, "epoch": self._opened.epoch}
+            try:
+                with session.deadline(_CLOSE_TIMEOUT):
+                    await session.connection.execute(session.statements["close"], key)
+            except Exception:  # noqa: S110 - the mark only lets the row be collected sooner
+                pass
+        await self._drop()
+
+    # -- the connection ---------------------------------------------------------------------------------------
+
+    async def _connected(self) -> Session:
+        if self._session is not None and self._session.connection.closed:
+            await self._drop()
+        if self._session is None:
+            try:
+                self._session = await Session.open(
+                    self._connector, self._table, create_missing=self._create_missing, timeout=self._timeout
+                )
+            except SchemaError:
+                raise
+            except Exception as error:
+                raise faults.fault(error, "connecting") from error
+        return self._session
+
+    async def _drop(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _failed(self, session: Session, error: Exception, doing: str) -> SinkFault:
+        """Drop the connection, and return the port's exception."""
+        await self._drop()
+        if session.overdue:
+            return SinkFault("timeout", f"{doing}: no answer within {self._timeout:g} s")
+        return faults.fault(error, doing)
+
+    # -- one transaction --------------------------------------------------------------------------------------
+
+    async def _attempt(self, session: Session, batch: Batch) -> Applied:
+        with session.deadline(self._timeout * 1.1):
+            try:
+                if self._by_copy(session, batch.deltas):
+                    return await self._flush_copy(session, batch)
+                return await self._flush_arrays(session, batch)
+            except Exception as error:
+                if faults.kind_of(error) != "data" or session.connection.broken:
+                    raise
+            await session.connection.rollback()
+        # Many statements: each has a deadline of its own.
+        return await self._flush_apart(session, batch)
+
+    def _by_copy(self, session: Session, deltas: Sequence[ThreadDelta]) -> bool:
+        return len(deltas) >= self._copy_from and not session.pooled and encoding.fits_stage(deltas)
+
+    async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
+        connection, cursor = session.connection, session.cursor()
+        parameters = {**_key(batch), **encoding.arrays(batch.deltas)}
+        async with connection.pipeline():
+            await self._begin(session)
+            await cursor.execute(session.statements["flush_arrays"], parameters)
+            await connection.execute("COMMIT")
+            row = await cursor.fetchone()
+        assert row is not None  # noqa: S101 - a SELECT of counts
+        moved, sent, merged = row
+        return self._applied(batch, sent, merged) if moved else await self._not_moved(session, batch)
+
+    async def _flush_copy(self, session: Session, batch: Batch) -> Applied:
+        connection, cursor = session.connection, session.cursor()
+        async with connection.pipeline():
+            await self._begin(session)
+            await connection.execute(session.statements["stage"])
+            await cursor.execute(session.statements["advance"], _key(batch))
+            moved = await cursor.fetchone()
+        if moved is None:
+            await connection.rollback()
+            return await self._not_moved(session, batch)
+        rows = encoding.StageRows()
+        async with cursor.copy("COPY tracker_stage_v1 FROM STDIN (FORMAT BINARY)") as copy:
+            copy.set_types(encoding.STAGE_TYPES)
+            for number, delta in enumerate(batch.deltas):
+                await copy.write_row(rows.row(delta))
+                if not number % _COPY_BREATH:
+                    await anyio.lowlevel.checkpoint()  # lets go of the interpreter
+        async with connection.pipeline():
+            await cursor.execute(session.statements["merge_stage"], rows.parameters())
+            await connection.execute("COMMIT")
+            row = await cursor.fetchone()
+        assert row is not None  # noqa: S101 - a SELECT of counts
+        return self._applied(batch, row[1], row[2])
+
+    async def _begin(self, session: Session) -> None:
+        # Always explicit: behind a pooler a session's settings are another client's, and a server may default to
+        # SERIALIZABLE, under which the compare-and-set fails instead of waiting.
+        connection = session.connection
+        await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+        timeout, lock = round(self._timeout * 1_000), round(self._timeout * 1_000 * _LOCK_TIMEOUT)
+        await connection.execute(f"SET LOCAL statement_timeout = {timeout}")
+        await connection.execute(f"SET LOCAL lock_timeout = {lock}")
+
+    def _applied(self, batch: Batch, sent: int, merged: int, dead: tuple[DeadLetter, ...] = ()) -> Applied:
+        return Applied(rows=merged, skipped=len(batch.deltas) - sent - len(dead), dead_letters=dead)
+
+    async def _not_moved(self, session: Session, batch: Batch) -> Applied:
+        """The compare-and-set changed nothing: find out which of its reasons it was."""
+        cursor = session.cursor()
+        await cursor.execute(session.statements["position"], _key(batch))
+        row = await cursor.fetchone()
+        producer = str(batch.producer)
+        if row is None:
+            raise LedgerMissing(producer, batch.lane)
+        epoch, applied = row
+        if epoch > batch.epoch or (epoch == batch.epoch and applied > batch.sequence):
+            raise Fenced(producer, batch.lane, batch.epoch, epoch)
+        if epoch == batch.epoch and applied == batch.sequence:
+            return Applied(rows=0, duplicate=True)
+        raise LedgerRegressed(producer, batch.lane, batch.sequence - 1, applied)
+
+    # -- bad data ---------------------------------------------------------------------------------------------
+
+    async def _flush_apart(self, session: Session, batch: Batch) -> Applied:
+        connection, cursor = session.connection, session.cursor()
+        with session.deadline(self._timeout):
+            await self._begin(session)
+            # A deferred constraint would refuse the whole transaction at its end.
+            await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            await cursor.execute(session.statements["advance"], _key(batch))
+            moved = await cursor.fetchone()
+            if moved is None:
+                await connection.rollback()
+                return await self._not_moved(session, batch)
+        # In the order of the locks, so that the halves take them in order too.
+        deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
+        sent, merged, dead = await self._merge_apart(session, deltas)
+        with session.deadline(self._timeout):
+            await bury(session, batch, dead)
+            await connection.execute("COMMIT")
+        return self._applied(batch, sent, merged, tuple(dead))
+
+    async def _merge_apart(
+        self, session: Session, deltas: list[ThreadDelta]
+    ) -> tuple[int, int, list[DeadLetter]]:
+        """Merge what can be; return the rows sent and written, and what stands alone and cannot be."""
+        try:
+            with session.deadline(self._timeout):
+                sent, merged = await self._merge_under_savepoint(session, deltas)
+        except Exception as error:
+            if faults.kind_of(error) != "data" or session.connection.broken:
+                raise
+            with session.deadline(self._timeout):
+                await session.connection.execute("ROLLBACK TO SAVEPOINT part")
+            if len(deltas) == 1:
+                text = " ".join(str(error).split())
+                state = getattr(error, "sqlstate", None) or ""
+                return 0, 0, [DeadLetter(deltas[0], faults.dead_reason(error), state, text)]
+            middle = len(deltas) // 2
+            first = await self._merge_apart(session, deltas[:middle])
+            second = await self._merge_apart(session, deltas[middle:])
+            return first[0] + second[0], first[1] + second[1], first[2] + second[2]
+        return sent, merged, []
+
+    async def _merge_under_savepoint(self, session: Session, deltas: list[ThreadDelta]) -> tuple[int, int]:
+        connection, cursor = session.connection, session.cursor()
+        await connection.execute("SAVEPOINT part")
+        await cursor.execute(session.statements["merge_arrays"], encoding.arrays(deltas))
+        row = await cursor.fetchone()
+        await connection.execute("RELEASE SAVEPOINT part")
+        assert row is not None  # noqa: S101 - a SELECT of counts
+        return row[1], row[2]
+
+
+def _key(batch: Batch) -> dict[str, Any]:
+    return {
+        "producer": batch.producer,
+        "lane": batch.lane,
+        "epoch": batch.epoch,
+        "sequence": batch.sequence,
+    }

@@ -1,0 +1,100 @@
+"""The SQL files, with the names of one set of tables filled in.
+
+Rules:
+1. SQL stands in `sql/*.sql` and `migrations/*.sql`, one statement or step a file; here names are filled in, no more.
+2. Every name goes through `psycopg.sql.Identifier`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from psycopg import sql
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HERE = "tracker_daemon.postgres"
+
+
+@cache
+def _text(name: str) -> str:
+    text = files(_HERE).joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("--")).strip()
+
+
+def migrations() -> Iterator[tuple[int, str, str]]:
+    """Yield the number, name and text of every migration, in order."""
+    found = sorted(files(_HERE).joinpath("migrations").iterdir(), key=lambda file: file.name)
+    for file in found:
+        if file.name.endswith(".sql"):
+            number, _, name = file.name.removesuffix(".sql").partition("_")
+            yield int(number), name, file.read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Statements:
+    """Every statement of the flush, for one table of conversations.
+
+    Attributes:
+        schema, table: where the conversations are; the ledger and the dead letters are in the same schema.
+        create_missing: whether a delta without an `ensure` may create its row.
+    """
+
+    schema: str
+    table: str
+    create_missing: bool = True
+    names: dict[str, sql.Composable] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = {
+            "table": sql.Identifier(self.schema, self.table),
+            "ledger": sql.Identifier(self.schema, "tracker_ledger"),
+            "dead_letters": sql.Identifier(self.schema, "tracker_dead_letters"),
+            "migrations": sql.Identifier(self.schema, "tracker_migrations"),
+            "schema": sql.Identifier(self.schema),
+        }
+        object.__setattr__(self, "names", names)
+        only = None if self.create_missing else self._fill("only_existing")
+        moved = sql.SQL("EXISTS (SELECT FROM moved)")
+        object.__setattr__(
+            self,
+            "_composed",
+            {
+                "flush_arrays": self._merge(
+                    "rows_arrays",
+                    moved=sql.SQL("moved AS ({}), ").format(self._fill("advance")),
+                    moved_count=sql.SQL("(SELECT count(*) FROM moved)"),
+                    where=[moved, only],
+                ),
+                "merge_arrays": self._merge("rows_arrays", where=[only]),
+                "merge_stage": self._merge("rows_stage", where=[only]),
+            },
+        )
+
+    def __getitem__(self, name: str) -> sql.Composed:
+        """Return the statement *name*: one of the files, `flush_arrays`, `merge_arrays` or `merge_stage`."""
+        composed: dict[str, sql.Composed] = self._composed  # type: ignore[attr-defined]
+        if name not in composed:
+            composed[name] = self._fill(name)
+        return composed[name]
+
+    def _fill(self, name: str) -> sql.Composed:
+        return sql.SQL(_text(name)).format(**self.names)  # type: ignore[arg-type]  # the text is a file of ours
+
+    def _merge(
+        self,
+        rows: str,
+        *,
+        moved: sql.Composable = sql.SQL(""),
+        moved_count: sql.Composable = sql.SQL("1"),
+        where: list[sql.Composable | None],
+    ) -> sql.Composed:
+        conditions = [condition for condition in where if condition is not None]
+        clause = sql.SQL("WHERE ") + sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("")
+        return sql.SQL(_text("merge")).format(  # type: ignore[arg-type]  # the text is a file of ours
+            moved=moved, moved_count=moved_count, rows=self._fill(rows), where=clause, **self.names
+        )

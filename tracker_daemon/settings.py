@@ -1,0 +1,128 @@
+"""Every setting of a `Tracker`: its default, its unit and what it may be, once.
+
+A wrong value raises `ConfigError` when the tracker is made, not later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from prometheus_client.registry import REGISTRY, CollectorRegistry
+
+from tracker_daemon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Overflow: TypeAlias = Literal["drop", "raise"]
+_MOST_SECONDS = 86_400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of a `Tracker`, checked."""
+
+    flush_interval: float = 0.25
+    """The window: the longest time from a call to the start of its flush, seconds."""
+    max_batch_size: int = 10_000
+    """Threads in one transaction."""
+    max_queue_size: int = 100_000
+    """Calls taken and not yet coalesced."""
+    max_pending: int = 1_000_000
+    """Distinct threads with uncommitted change."""
+    overflow: Overflow = "drop"
+    create_missing: bool = True
+    table: str = "conversations"
+    shutdown_timeout: float = 10.0
+    """How long `close` drains, seconds."""
+    registry: CollectorRegistry = REGISTRY
+    on_error: Callable[[BaseException], object] | None = None
+    journal: object = None
+
+    def __post_init__(self) -> None:
+        _seconds("flush_interval", self.flush_interval, least=0.001)
+        _seconds("shutdown_timeout", self.shutdown_timeout, least=0.0)
+        for name in ("max_batch_size", "max_queue_size", "max_pending"):
+            _count(name, getattr(self, name))
+        if self.overflow not in ("drop", "raise"):
+            raise ConfigError("overflow", 'must be "drop" or "raise"', self.overflow)
+        if type(self.create_missing) is not bool:
+            raise ConfigError("create_missing", "must be True or False", self.create_missing)
+        split_table(self.table)
+        if not isinstance(self.registry, CollectorRegistry):
+            raise ConfigError(
+                "registry", "must be a prometheus_client.CollectorRegistry or None", self.registry
+            )
+        if self.journal is not None:
+            raise ConfigError("journal", "is not in this version; leave it None", self.journal)
+        if self.on_error is not None and not callable(self.on_error):
+            raise ConfigError("on_error", "must be callable or None", self.on_error)
+
+
+def _seconds(name: str, value: Any, *, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(name, "must be a number of seconds", value)
+    if not (isfinite(value) and least <= value <= _MOST_SECONDS):
+        raise ConfigError(name, f"must be between {least:g} and {_MOST_SECONDS:g} seconds", value)
+
+
+def _count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(name, "must be an integer", value)
+    if value < 1:
+        raise ConfigError(name, "must be at least 1", value)
+
+
+def timeout(value: Any, default: float | None) -> float | None:
+    """Return a caller's timeout in seconds, or *default* for `None`; `ConfigError` for anything that is no time."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # noqa: PLR0124 - NaN
+        raise ConfigError("timeout", "must be a number of seconds or None", value)
+    return min(max(0.0, float(value)), _MOST_SECONDS * 365)
+
+
+def split_table(table: Any) -> tuple[str | None, str]:
+    """Return the schema (or `None`) and the name of *table*, each part plain or in double quotes, as SQL has it."""
+    if not isinstance(table, str):
+        raise ConfigError("table", "must be a str", table)
+    parts: list[str] = []
+    rest = table
+    while True:
+        part, rest = _identifier(table, rest)
+        parts.append(part)
+        if not rest:
+            break
+        if not rest.startswith("."):
+            raise ConfigError("table", "must be a name or schema.name", table)
+        rest = rest[1:]
+    if len(parts) > 2:
+        raise ConfigError("table", "must be a name or schema.name", table)
+    return (parts[0], parts[1]) if len(parts) == 2 else (None, parts[0])
+
+
+def _identifier(table: str, text: str) -> tuple[str, str]:
+    if text.startswith('"'):
+        end = text.find('"', 1)
+        while end != -1 and text[end : end + 2] == '""':
+            end = text.find('"', end + 2)
+        if end == -1:
+            raise ConfigError("table", "has an open double quote", table)
+        name, rest = text[1:end].replace('""', '"'), text[end + 1 :]
+    else:
+        end = next((i for i, c in enumerate(text) if not (c.isalnum() or c in "_$")), len(text))
+        # Unquoted names fold to lower case, as in SQL.
+        name, rest = text[:end].lower(), text[end:]
+        if name[:1].isdigit() or name.startswith("$"):
+            raise ConfigError("table", "must not begin with a digit or $ unless quoted", table)
+    if not name or "\0" in name:
+        raise ConfigError("table", "must be a name or schema.name", table)
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise ConfigError("table", "must not contain a lone surrogate", table) from None
+    if size > 63:
+        raise ConfigError("table", "must have parts of at most 63 bytes (Postgres cuts longer names)", table)
+    return name, rest

@@ -1,0 +1,128 @@
+"""The port: where batches go, and what whoever takes them promises.
+
+Rules:
+1. Applying a batch twice changes nothing: the ledger row of its (producer, lane) moves from `sequence - 1` to
+   `sequence` in the same transaction as the data, or nothing happens.
+2. What `apply` raises says what follows: a `SinkFault` by its kind, `Fenced` for ever, `LedgerMissing` and
+   `LedgerRegressed` as their docstrings say; any other exception counts as `SinkFault("other")`.
+3. An exception from `apply` leaves the outcome unknown; the same batch comes again.
+4. All coroutines of one sink are called from one event loop (asyncio), one at a time; `abort` from any thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+
+from tracker_daemon.errors import TrackerError
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from tracker_daemon.batch import Batch
+    from tracker_daemon.delta import ThreadDelta
+
+FaultKind: TypeAlias = Literal[
+    "connection", "timeout", "lock", "readonly", "auth", "schema", "capacity", "data", "other"
+]
+FAULT_KINDS: Final[tuple[FaultKind, ...]] = get_args(FaultKind)
+
+DeadReason: TypeAlias = Literal["overflow", "constraint", "data", "raised", "driver"]
+DEAD_REASONS: Final[tuple[DeadReason, ...]] = get_args(DeadReason)
+
+
+class SinkFault(TrackerError):
+    """The sink could not apply a batch now; *kind* decides what follows, `__cause__` is the driver's error."""
+
+    def __init__(self, kind: FaultKind, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind, self.message = kind, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class LedgerMissing(TrackerError):  # noqa: N818 - says what is the case
+    """The ledger row of an open producer is gone. It never means a new producer: stop and say so."""
+
+    def __init__(self, producer: str, lane: int) -> None:
+        super().__init__(producer, lane)
+        self.producer, self.lane = producer, lane
+
+    def __str__(self) -> str:
+        return (
+            f"the ledger row of producer {self.producer} lane {self.lane} is gone: tracker_ledger was truncated, or the "
+            "database was replaced by one without it. Nothing is written until the process is restarted: whether the "
+            "batch in hand was applied cannot be known"
+        )
+
+
+class LedgerRegressed(TrackerError):  # noqa: N818 - says what is the case
+    """The database has forgotten commits of this producer: its ledger stands before what was acknowledged."""
+
+    def __init__(self, producer: str, lane: int, expected: int, found: int) -> None:
+        super().__init__(producer, lane, expected, found)
+        self.producer, self.lane, self.expected, self.found = producer, lane, expected, found
+
+    def __str__(self) -> str:
+        return (
+            f"producer {self.producer} lane {self.lane}: the ledger is at sequence {self.found}, {self.expected} was "
+            "committed. The database forgot commits: a failover to a standby that lagged, a restored backup, or a "
+            "crash with synchronous_commit=off"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Where a (producer, lane) stands when opened: this life's epoch, and the highest sequence applied."""
+
+    epoch: int
+    applied_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A delta that the sink will never take, stored with its reason in the transaction of its batch."""
+
+    delta: ThreadDelta
+    reason: DeadReason
+    sqlstate: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The batch is in the sink.
+
+    Attributes:
+        rows: threads inserted or updated.
+        skipped: threads without a row, left alone because of `create_missing=False`.
+        duplicate: the ledger says that an earlier try had applied the batch already.
+        dead_letters: the deltas that were set aside, out of the batch's own.
+    """
+
+    rows: int
+    skipped: int = 0
+    duplicate: bool = False
+    dead_letters: tuple[DeadLetter, ...] = ()
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where a `Tracker` sends its batches; give one to `Tracker(sink)`."""
+
+    async def open(self, producer: UUID, lane: int) -> Opened:
+        """Register this life of (producer, lane): a new epoch, which fences off every older one."""
+        ...
+
+    async def apply(self, batch: Batch) -> Applied:
+        """Apply *batch* exactly once, however often it is called with it."""
+        ...
+
+    def abort(self) -> None:
+        """Make what is under way fail at once: a shutdown deadline has passed. Called from any thread."""
+        ...
+
+    async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
+        """Let go of connections. *clean*: nothing is pending, the ledger row may be marked closed."""
+        ...

@@ -1,0 +1,324 @@
+"""The tracker: builds and wires the parts, and offers them to a chat server."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, final
+from uuid import uuid4
+
+from prometheus_client.registry import REGISTRY
+
+from tracker_daemon import exits, host
+from tracker_daemon.backlog import Backlog
+from tracker_daemon.clock import SystemClock
+from tracker_daemon.collector import Reading, collector_of
+from tracker_daemon.errors import FlushTimeout, TrackerError
+from tracker_daemon.flusher import Flusher
+from tracker_daemon.front_door import FrontDoor, Refusals
+from tracker_daemon.numbers import FlushNumbers
+from tracker_daemon.settings import Overflow, Settings
+from tracker_daemon.settings import timeout as checked_timeout
+from tracker_daemon.sinks import sink_factory
+from tracker_daemon.worker import DrainReport, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from concurrent.futures import Future
+    from types import TracebackType
+
+    from prometheus_client.registry import CollectorRegistry
+    from psycopg_pool import AsyncConnectionPool
+
+    from tracker_daemon.clock import Clock
+    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.sink import Sink
+
+# How much longer than its deadline a caller of `close` waits for the worker's answer, seconds.
+_GRACE = 1.0
+
+# What a fork's child must not touch nor let a destructor touch: connections and loops that are the parent's.
+_inherited: list[object] = []
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerStats:
+    """Calls, at one instant: `accepted == applied + dead_lettered + lost + pending`, exactly.
+
+    Attributes:
+        accepted: taken; `True` was returned.
+        applied: committed (or skipped, with `create_missing=False`).
+        dead_lettered: in deltas that the database will never take; kept in `tracker_dead_letters`.
+        lost: taken and not kept: a shutdown deadline passed.
+        pending: taken and on their way.
+        rejected: never taken: invalid, full or closed.
+    """
+
+    accepted: int
+    applied: int
+    dead_lettered: int
+    lost: int
+    pending: int
+    rejected: int
+
+
+@final
+class Tracker(FrontDoor):
+    """Write-behind tracking of conversations: calls in, sums in Postgres, exactly once.
+
+    Nothing starts here or at import: the worker, one daemon thread with a loop and connections of its own, starts
+    with the first call or with `with`.
+
+    Args:
+        sink: a URL or conninfo (`postgresql:`, `embedded:DIR`), the server's own `psycopg_pool.AsyncConnectionPool`
+            (its conninfo, `kwargs` and `configure` are used, its connections are left alone), or a `Sink`.
+        flush_interval: the window, seconds.
+        max_batch_size: threads in one transaction.
+        max_queue_size: calls taken and not yet coalesced.
+        max_pending: distinct threads with uncommitted change held in memory.
+        overflow: at a bound or when closed, `"drop"` returns `False`, `"raise"` raises.
+        create_missing: whether a turn whose thread has no row creates it; else it changes nothing and is counted.
+        journal: not in this version; must be `None`.
+        table: the table of conversations, may be schema-qualified; unquoted names fold to lower case.
+        shutdown_timeout: how long `close` drains, seconds.
+        registry: a Prometheus registry; the global one if `None`.
+        on_error: called in the worker's thread with every error of the sink; must not block.
+
+    Raises:
+        ConfigError: a value is wrong; the message names it.
+    """
+
+    _clock: Clock = SystemClock()
+
+    def __init__(
+        self,
+        sink: str | AsyncConnectionPool[Any] | Sink,
+        *,
+        flush_interval: float = 0.25,
+        max_batch_size: int = 10_000,
+        max_queue_size: int = 100_000,
+        max_pending: int = 1_000_000,
+        overflow: Overflow = "drop",
+        create_missing: bool = True,
+        journal: str | os.PathLike[str] | None = None,
+        table: str = "conversations",
+        shutdown_timeout: float = 10.0,
+        registry: CollectorRegistry | None = None,
+        on_error: Callable[[BaseException], object] | None = None,
+    ) -> None:
+        self._settings = Settings(
+            flush_interval=flush_interval,
+            max_batch_size=max_batch_size,
+            max_queue_size=max_queue_size,
+            max_pending=max_pending,
+            overflow=overflow,
+            create_missing=create_missing,
+            table=table,
+            shutdown_timeout=shutdown_timeout,
+            registry=REGISTRY if registry is None else registry,
+            on_error=on_error,
+            journal=journal,
+        )
+        self._make_sink = sink_factory(sink, self._settings)
+        self._raise = overflow == "raise"
+        self._agents = {None: None}
+        self._begin()
+        self._collector = collector_of(self._settings.registry)
+        self._collector.add(self)
+
+    def _begin(self) -> None:
+        """Start a life: empty, with an identity of its own."""
+        settings = self._settings
+        self._pid = os.getpid()
+        self._producer = uuid4()
+        self._refusals = Refusals()
+        self._numbers = FlushNumbers()
+        self._backlog = Backlog(
+            max_queue_size=settings.max_queue_size,
+            max_pending=settings.max_pending,
+            max_batch_size=settings.max_batch_size,
+            create_missing=settings.create_missing,
+        )
+        self._worker = Worker(
+            self._backlog,
+            self._make_flusher(),
+            self._clock,
+            settings.flush_interval,
+            lambda: exits.watch(self),
+        )
+
+    def _make_flusher(self) -> Callable[[], Flusher]:
+        backlog, numbers, producer = self._backlog, self._numbers, self._producer
+        make_sink, clock, on_error = self._make_sink, self._clock, self._settings.on_error
+        return lambda: Flusher(backlog, make_sink(), clock, numbers, producer, on_error)
+
+    # -- the barrier ------------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Return when every call accepted before is applied or dead-lettered, however many follow meanwhile.
+
+        Args:
+            timeout: seconds; `None` waits for as long as it takes.
+
+        Raises:
+            FlushTimeout: not in time; nothing is lost by that. Its `__cause__` is the sink's last error, if any.
+        """
+        self._not_in_worker("flush")
+        seconds = checked_timeout(timeout, None)
+        barrier = self._barrier()
+        try:
+            barrier.result(seconds)
+        except TimeoutError:
+            raise self._flush_timeout(seconds) from self._numbers.last_error
+
+    async def aflush(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the contract's signature
+        """Await what `flush` waits for, on asyncio or trio. Cancelling it cancels the waiting alone."""
+        seconds = checked_timeout(timeout, None)
+        if not await host.wait_done(self._barrier(), seconds):
+            raise self._flush_timeout(seconds) from self._numbers.last_error
+
+    def _barrier(self) -> Future[None]:
+        if os.getpid() != self._pid:
+            self._after_fork()
+        return self._worker.barrier()
+
+    def _flush_timeout(self, seconds: float | None) -> FlushTimeout:
+        error = self._numbers.last_error
+        return FlushTimeout(seconds or 0.0, self._backlog.books().queue_calls, str(error) if error else "")
+
+    def _not_in_worker(self, name: str) -> None:
+        if threading.get_ident() == self._worker.ident:
+            raise TrackerError(
+                f"{name}() was called in the worker's own thread (from on_error?): it would wait for itself"
+            )
+
+    # -- the end ----------------------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None = None) -> DrainReport:
+        """Stop accepting, drain, and say what became of the calls that were pending.
+
+        Idempotent: a further call returns the same report, and an earlier deadline cuts the drain short.
+
+        Args:
+            timeout: seconds; `shutdown_timeout` if `None`. Calls still pending then are lost and counted.
+        """
+        self._not_in_worker("close")
+        seconds = self._close_seconds(timeout)
+        finished = self._stop(seconds)
+        try:
+            report = finished.result(seconds + _GRACE)
+        except TimeoutError:
+            report = self._worker.give_up()
+        self._retire()
+        return report
+
+    async def aclose(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - the contract's signature
+        """Await what `close` waits for, on asyncio or trio; a cancellation takes effect when it is done."""
+        seconds = self._close_seconds(timeout)
+        finished = self._stop(seconds)
+        try:
+            done = await host.wait_shielded(finished, seconds + _GRACE)
+        finally:
+            if not finished.done():
+                self._worker.give_up()
+            self._retire()
+        return finished.result() if done else self._worker.give_up()
+
+    def _close_seconds(self, timeout: float | None) -> float:
+        seconds = checked_timeout(timeout, self._settings.shutdown_timeout)
+        return self._settings.shutdown_timeout if seconds is None else seconds
+
+    def _stop(self, seconds: float) -> Future[DrainReport]:
+        if os.getpid() != self._pid:
+            self._after_fork()
+        return self._worker.stop(seconds)
+
+    def _retire(self) -> None:
+        exits.forget(self)
+        self._collector.retire(self)
+
+    def __enter__(self) -> Self:
+        self._worker.wake()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        self._worker.wake()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncIterator[None]:  # noqa: ARG002 - the ASGI framework hands it in
+        """Run the tracker for as long as an ASGI application: `FastAPI(lifespan=tracker.lifespan)`.
+
+        Under uvicorn it is the way to a complete drain: SIGTERM there never runs `atexit`.
+        """
+        async with self:
+            yield
+
+    # -- looking in -------------------------------------------------------------------------------------------
+
+    def pending(self, thread_id: str) -> ThreadDelta | None:
+        """Return what is not yet committed of *thread_id*, or `None`: database row + pending = the true total."""
+        if os.getpid() != self._pid:
+            self._after_fork()
+        return self._backlog.pending(thread_id)
+
+    def stats(self) -> TrackerStats:
+        """Return the counts of this instant, in calls."""
+        reading = self.reading()
+        books = reading.books
+        return TrackerStats(
+            accepted=sum(books.accepted.values()),
+            applied=sum(books.applied.values()),
+            dead_lettered=sum(books.dead_lettered.values()),
+            lost=sum(books.lost.values()),
+            pending=books.queue_calls,
+            rejected=sum(reading.rejected.values()),
+        )
+
+    def reading(self) -> Reading:
+        """Return all numbers of this instant; the metrics' source."""
+        if os.getpid() != self._pid:
+            self._after_fork()
+        if self._worker.finished.done():
+            self._backlog.abandon("closed")  # a call that overlapped with the very end of `close`
+        return Reading(
+            books=self._backlog.books(),
+            rejected=dict(self._refusals.counts),
+            numbers=self._numbers,
+            queue_limit=self._settings.max_pending,
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether calls are refused because `close` was called."""
+        return self._worker.closed and self._pid == os.getpid()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._worker.closed else "running" if self._worker.started else "not started"
+        return f"<Tracker {self._producer} {state}>"
+
+    # -- told by the process ----------------------------------------------------------------------------------
+
+    def at_exit(self) -> None:
+        """The process ends: drain."""
+        self.close()
+
+    def at_fork(self) -> None:
+        """This is a fork's child: the parent's calls are the parent's."""
+        _inherited.append((self._worker, self._backlog))
+        self._collector.after_fork()
+        self._begin()
+
+    def _after_fork(self) -> None:
+        # A tracker not started yet, or a server that forks without Python's hooks.
+        self.at_fork()

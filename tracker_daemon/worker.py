@@ -1,0 +1,346 @@
+"""The one thread behind a tracker: it drains the queue, decides when a window is sealed, and ends in order.
+
+Rules:
+1. The thread has an event loop and connections of its own: the host's loop is never blocked, and asyncio, trio and
+   plain threads are alike to it.
+2. It holds the interpreter for a small chunk of calls at a time, and lets go between two of them.
+3. With nothing pending it sleeps until a call wakes it, and wakes nothing itself.
+4. Once told to stop it ends by the deadline, whatever the sink does; what is then pending is counted as lost.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import anyio.lowlevel
+
+from tracker_daemon.logs import get_logger
+
+LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed")
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from tracker_daemon.backlog import Backlog, Books
+    from tracker_daemon.clock import Clock
+    from tracker_daemon.flusher import Flusher
+
+CHUNK: Final = 1_000
+_BREATH: Final = 0.000_5
+# A caller may be suspended between looking at the gate and appending. Its call is found by these second looks
+# before the worker sleeps for good; one that stays suspended for longer is found by the next call, flush or close.
+_SECOND_LOOKS: Final = (0.005, 0.5, 0.5)
+# Kept back from the shutdown deadline, to end the connection and to answer in time.
+_RESERVE: Final = 0.1
+_STRAGGLERS: Final = 0.02  # four switch intervals of the interpreter
+_REST_AFTER_FAILURE: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """What became of the calls that were pending when `close` was called, in calls."""
+
+    applied: int = 0
+    dead_lettered: int = 0
+    journaled: int = 0
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """Somebody waits until the first *target* accepted calls are settled."""
+
+    target: int
+    done: Future[None]
+
+
+class Worker:
+    """Starts with the first call that wakes it; ends by `stop`.
+
+    Args:
+        backlog: what it empties.
+        make_flusher: called once in the worker's thread.
+        clock: its time.
+        flush_interval: the window, seconds.
+        on_start: called by whoever starts the thread.
+    """
+
+    def __init__(
+        self,
+        backlog: Backlog,
+        make_flusher: Callable[[], Flusher],
+        clock: Clock,
+        flush_interval: float,
+        on_start: Callable[[], None],
+    ) -> None:
+        self._backlog, self._make_flusher, self._clock = backlog, make_flusher, clock
+        self._on_start = on_start
+        self._flush_interval = flush_interval
+        self.closed = False
+        """No call is accepted any more."""
+        self.finished: Future[DrainReport] = Future()
+        """Set when the thread has ended what it had to do."""
+        self.ident: int | None = None
+        self._may_start = [True]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._last_moment = inf
+        self._sealed: anyio.Event
+        self._at_stop: Books | None = None
+        self._barriers: list[Barrier] = []
+        self._woken = False
+        self._event: anyio.Event | None = None
+        self._flusher: Flusher | None = None
+
+    # -- from any thread --------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Whether the thread was started."""
+        return not self._may_start
+
+    @property
+    def halted(self) -> BaseException | None:
+        """Why nothing is written any more, if so."""
+        return self._flusher.halted if self._flusher else None
+
+    def start(self) -> None:
+        """Start the thread, once. Takes no lock: a signal handler may get here."""
+        with suppress(IndexError):
+            self._may_start.pop()  # atomic: of several callers one gets it
+            self._on_start()
+            _thread.start_new_thread(self._run, ())
+
+    def wake(self) -> None:
+        """Have the worker look around now; start it if need be."""
+        self._woken = True
+        if self._may_start:
+            self.start()
+        loop = self._loop
+        if loop is not None:
+            with suppress(RuntimeError):  # the loop has just closed: nobody needs waking
+                loop.call_soon_threadsafe(self._on_wake)
+        if self.finished.done():
+            self._backlog.abandon("closed")  # a call that overlapped with the very end of `close`
+
+    def barrier(self) -> Future[None]:
+        """Return a future that is done when every call accepted until now is settled."""
+        done: Future[None] = Future()
+        with self._backlog.lock:
+            target = self._backlog.accepted
+            if self._backlog.settled >= target:
+                done.set_result(None)
+                return done
+            self._barriers.append(Barrier(target, done))
+        self.wake()
+        if self.finished.done():
+            self._release_barriers(everyone=True)
+        return done
+
+    def stop(self, timeout: float) -> Future[DrainReport]:
+        """Accept no more, drain for at most *timeout* seconds. Again: the earlier of the deadlines holds."""
+        last_moment = self._clock.monotonic() + timeout - min(_RESERVE, timeout / 4)
+        with self._backlog.lock:
+            self._last_moment = min(last_moment, self._last_moment)
+            if self._at_stop is None:
+                self._at_stop = self._backlog.books()
+            self.closed = True
+            self._backlog.shut_gate()
+            unused = bool(self._may_start) and self._backlog.is_empty
+            if unused:
+                self._may_start.clear()
+        if unused and not self.finished.done():
+            self.finished.set_result(DrainReport())
+        else:
+            self.wake()
+        return self.finished
+
+    def give_up(self) -> DrainReport:
+        """End without the thread, which did not answer: what is pending is lost."""
+        self._finish("deadline")
+        return self.finished.result(0)
+
+    # -- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self.ident = threading.get_ident()
+        threading.current_thread().name = "tracker-daemon"
+        self._flusher = flusher = self._make_flusher()
+        while not self.finished.done():
+            try:
+                anyio.run(self._main, flusher, backend="asyncio")
+            except BaseException as error:
+                # Nothing may vanish with the thread: a fresh loop goes on with the same flusher, whose batch in
+                # hand keeps its identity.
+                get_logger().critical("worker_failed", error=repr(error), exc_info=error)
+                flusher.abort()
+                if self.closed:
+                    self._finish("worker_failed")
+                time.sleep(_REST_AFTER_FAILURE)
+
+    def _finish(self, reason: str) -> None:
+        self._backlog.abandon(reason)
+        with suppress(InvalidStateError):  # `give_up` was first
+            self.finished.set_result(self._report())
+        self._release_barriers(everyone=True)
+
+    async def _main(self, flusher: Flusher) -> None:
+        import asyncio  # noqa: PLC0415 - a trio program pays for this import in the worker's thread only
+
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(_LateExecutor())
+        self._sealed = anyio.Event()
+        if self._backlog.in_flight:
+            self._sealed.set()
+        self._woken = True
+        self._loop = loop
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._flush_loop, flusher)
+                await self._pump()
+                await self._end(flusher)
+                tasks.cancel_scope.cancel()
+        finally:
+            self._loop = None
+        self._finish("deadline")
+
+    async def _pump(self) -> None:
+        idle_looks = 0
+        seen_empty = self._clock.monotonic()
+        backlog = self._backlog
+        while not await self._stopped():
+            self._woken = False
+            now = self._clock.monotonic()
+            if idle_looks:
+                seen_empty = now
+            drained = backlog.drain(CHUNK)
+            if not self.closed:
+                backlog.open_gate()
+            self._release_barriers()
+            self._seal_if_due(now, seen_empty)
+            if backlog.queue:
+                await anyio.sleep(_BREATH)
+                continue
+            if backlog.window_threads == 0:
+                seen_empty = now
+            idle_looks = 0 if drained or not backlog.is_empty else idle_looks + 1
+            await self._rest(seen_empty, idle_looks)
+
+    async def _rest(self, seen_empty: float, idle_looks: int) -> None:
+        """Wait for a call, the end of the window, the end of a flush, or the deadline."""
+        now = self._clock.monotonic()
+        timeout: float | None = self._flush_interval
+        if idle_looks:
+            self._backlog.shut_gate()
+            timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else None
+        elif self._backlog.window_threads and not self._backlog.in_flight:
+            timeout = max(0.0, seen_empty + self._flush_interval - now)
+        if self.closed:
+            left = max(0.0, self._last_moment - now)
+            timeout = left if timeout is None else min(timeout, left)
+        if not (self._woken or (idle_looks and self._backlog.queue)):
+            event = self._event = anyio.Event()
+            await self._clock.wait(event, timeout)
+        await anyio.lowlevel.checkpoint()
+
+    def _seal_if_due(self, now: float, opened: float) -> None:
+        backlog = self._backlog
+        if backlog.in_flight or not backlog.window_threads:
+            return
+        if (
+            now - opened >= self._flush_interval
+            or backlog.window_threads >= backlog.max_batch_size
+            or self.closed
+            or any(barrier.target <= backlog.folded for barrier in self._barriers)
+        ):
+            backlog.seal()
+            self._sealed.set()
+
+    async def _flush_loop(self, flusher: Flusher) -> None:
+        while True:
+            await self._sealed.wait()
+            self._sealed = anyio.Event()
+            await flusher.flush()
+            self._on_wake()
+
+    def _on_wake(self) -> None:
+        self._woken = True
+        if self._event is not None:
+            self._event.set()
+        if self._flusher is not None and (self._barriers or self.closed):
+            self._flusher.hurry()
+
+    async def _end(self, flusher: Flusher) -> None:
+        """Leave the sink: cleanly when everything is settled, at once when the deadline has passed."""
+        if not self._backlog.is_empty:
+            flusher.abort()
+            with anyio.move_on_after(_RESERVE):
+                while self._backlog.in_flight and flusher.halted is None:
+                    event = self._event = anyio.Event()
+                    await event.wait()
+            lost = self._backlog.abandon("halted" if flusher.halted else "deadline")
+            if lost:
+                get_logger().error("calls_lost_at_shutdown", calls=lost, error=str(flusher.last_error))
+        left = self._last_moment - self._clock.monotonic()
+        with anyio.move_on_after(max(left, _RESERVE)):
+            await flusher.aclose(clean=left > 0)
+
+    async def _stopped(self) -> bool:
+        """Say whether `_pump` has nothing left to do."""
+        if not self.closed:
+            return False
+        if self.halted is not None or self._clock.monotonic() >= self._last_moment:
+            return True
+        if self._backlog.is_empty:
+            # A thread may still stand between the gate and its append.
+            await anyio.sleep(_STRAGGLERS)
+        return self._backlog.is_empty
+
+    def _release_barriers(self, *, everyone: bool = False) -> None:
+        with self._backlog.lock:
+            reached = [b for b in self._barriers if everyone or self._backlog.settled >= b.target]
+            for barrier in reached:
+                self._barriers.remove(barrier)
+        for barrier in reached:
+            if barrier.done.set_running_or_notify_cancel():
+                barrier.done.set_result(None)
+
+    def _report(self) -> DrainReport:
+        now, before = self._backlog.books(), self._at_stop
+        if before is None:
+            return DrainReport()
+        return DrainReport(
+            applied=sum(now.applied.values()) - sum(before.applied.values()),
+            dead_lettered=sum(now.dead_lettered.values()) - sum(before.dead_lettered.values()),
+            lost=sum(now.lost.values()) - sum(before.lost.values()),
+        )
+
+
+class _LateExecutor(ThreadPoolExecutor):
+    """Runs each job in a daemon thread of its own, also while the interpreter exits.
+
+    The event loop looks host names up in its executor. The standard one refuses work once the main thread has ended,
+    which is when an `atexit` drain may have to connect.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def job() -> None:
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        _thread.start_new_thread(job, ())
+        return future
