@@ -24,9 +24,7 @@ from tracker_daemon.errors import TrackerError
 FAST = {"fsync": "off"}
 ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not ROOT, reason="only root drops to another user")
-on_linux = pytest.mark.skipif(
-    sys.platform != "linux", reason="reads /proc, relies on the parent-death signal"
-)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, relies on the parent-death signal")
 
 OWNER = """
 import signal, sys
@@ -274,9 +272,13 @@ def test_killed_owner(home: Path) -> None:
         assert not gone(pids[:1])
         owner.kill()
         owner.wait()
+    try:
         with EmbeddedPostgres(home, settings=FAST) as server:  # waits for the one that is leaving
             assert ask(server.conninfo, "SELECT 1") == 1
         until(lambda: gone(pids), "the end of every server process")
+    finally:
+        if not gone(pids[:1]):
+            os.kill(pids[0], signal.SIGQUIT)
     assert "database system is shut down" in (home / "postgres.log.1").read_text()
     assert "not properly shut down" not in log_of(home)
 
@@ -297,9 +299,7 @@ def test_owner_dead_before_the_shim(place: Path) -> None:
     marker = place / "started"
     somebody_else = "1" if os.getpid() != 1 else "2"
     shim = [sys.executable, "-I", "-S", "-c", embedded.SHIM, somebody_else, "-1", "-1"]
-    process = subprocess.run(
-        [*shim, "/usr/bin/touch", str(marker)], capture_output=True, text=True, check=False
-    )
+    process = subprocess.run([*shim, "/usr/bin/touch", str(marker)], capture_output=True, text=True, check=False)
     assert process.returncode == 1
     assert "owner of this server has died" in process.stderr
     assert not marker.exists()
@@ -371,19 +371,20 @@ def test_killed_postmaster(home: Path) -> None:
 def test_reused_pid(home: Path) -> None:
     """A stale pid file whose number now belongs to another process of the server's user does not stop a start."""
     user = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []} if ROOT else {}
-    with (
-        subprocess.Popen(["sleep", "60"], **user) as stranger,
-        EmbeddedPostgres(home, settings=FAST) as server,
-    ):
-        pid_file = home / "data" / "postmaster.pid"
-        content = pid_file.read_text().partition("\n")[2]
-        server.stop()
-        pid_file.write_text(f"{stranger.pid}\n{content}")
-        lock = home / "socket" / ".s.PGSQL.5432.lock"
-        lock.write_text(f"{stranger.pid}\n{content}")
-        lock.chmod(0o644)
-        assert ask(server.start(), "SELECT 1") == 1
-        stranger.kill()
+    server = EmbeddedPostgres(home, settings=FAST)
+    server.start()
+    pid_file, socket_lock = home / "data" / "postmaster.pid", home / "socket" / ".s.PGSQL.5432.lock"
+    content = pid_file.read_text().partition("\n")[2]
+    server.stop()
+    with subprocess.Popen(["sleep", "60"], **user) as stranger:
+        try:
+            for path in (pid_file, socket_lock):
+                path.write_text(f"{stranger.pid}\n{content}")
+                path.chmod(0o644)
+            assert ask(server.start(), "SELECT 1") == 1
+        finally:
+            server.stop()
+            stranger.kill()
 
 
 @pytest.mark.parametrize("content", ["", "rubbish\n", "999999999\n"])
@@ -479,9 +480,7 @@ def test_missing_wheel(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refused_setting(home: Path) -> None:
     """A server that does not start is an error with the reason from its log; the data stay usable."""
     server = EmbeddedPostgres(home, settings=FAST | {"shared_buffers": "nonsense"})
-    with pytest.raises(
-        EmbeddedPostgresError, match='invalid value for parameter "shared_buffers": "nonsense"'
-    ):
+    with pytest.raises(EmbeddedPostgresError, match='invalid value for parameter "shared_buffers": "nonsense"'):
         server.start()
     assert not server.running
     with EmbeddedPostgres(home, settings=FAST):
@@ -515,9 +514,7 @@ def test_root_drops_to_nobody(home: Path) -> None:
         assert (home / "data").stat().st_uid == nobody.pw_uid
         assert (home / "socket").stat().st_mode & 0o777 == 0o700
         status = dict(
-            line.split(":", 1)
-            for line in Path(f"/proc/{server.pid}/status").read_text().splitlines()
-            if ":" in line
+            line.split(":", 1) for line in Path(f"/proc/{server.pid}/status").read_text().splitlines() if ":" in line
         )
         assert set(status["Uid"].split()) == {str(nobody.pw_uid)}
         assert set(status["Gid"].split()) == {str(nobody.pw_gid)}
@@ -599,11 +596,7 @@ def test_ordinary_user(place: Path) -> None:
     python = shutil.which("python3", path="/usr/local/bin:/usr/bin") or sys.executable
     nobody = pwd.getpwnam("nobody")
     paths = [Path(embedded.__file__).parents[1], embedded.usable_binaries(None).parents[2]]
-    script = (
-        f"import sys; sys.path += {[*map(str, paths)]}\n"
-        + OWNER
-        + "print(oct(server.directory.stat().st_mode))"
-    )
+    script = f"import sys; sys.path += {[*map(str, paths)]}\n" + OWNER + "print(oct(server.directory.stat().st_mode))"
     command = [python, "-c", script, str(place / "db"), "leave"]
     os.chown(place, nobody.pw_uid, nobody.pw_gid)
     user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}

@@ -38,7 +38,7 @@ Turn: TypeAlias = "tuple[str, str | None, int, Cost, int]"
 Record: TypeAlias = "Ensure | Resolve | Turn"
 
 KINDS: Final = {2: "ensure_conversation", 5: "record_turn", 3: "resolve"}
-_ENSURE, _RESOLVE = 2, 3
+_ENSURE: Final = 2
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
@@ -107,9 +107,7 @@ class Backlog:
         create_missing: whether a turn may create its row (rule 5).
     """
 
-    def __init__(
-        self, *, max_queue_size: int, max_pending: int, max_batch_size: int, create_missing: bool
-    ) -> None:
+    def __init__(self, *, max_queue_size: int, max_pending: int, max_batch_size: int, create_missing: bool) -> None:
         self.max_queue_size, self.max_pending, self.max_batch_size = (
             max_queue_size,
             max_pending,
@@ -132,7 +130,7 @@ class Backlog:
         self._newcomers: set[str] | None = None
         self._totals = _Totals()
 
-    # -- the calls' side: no lock -----------------------------------------------------------------------------
+    # -- the calls' side: no lock ------------------------------------------------------------------
 
     def admit(self, thread_id: str) -> str | None:
         """Say whether one more call for *thread_id* fits: `None`, or the name of the bound that is reached."""
@@ -165,7 +163,7 @@ class Backlog:
         newcomers.add(thread_id)
         return None
 
-    # -- the worker's side ------------------------------------------------------------------------------------
+    # -- the worker's side -------------------------------------------------------------------------
 
     def drain(self, limit: int) -> int:
         """Fold at most *limit* calls from the queue into the open window; return how many."""
@@ -244,9 +242,7 @@ class Backlog:
         with self.lock:
             while self.drain(len(self.queue)):
                 pass
-            lost = sum(
-                delta.calls for delta in chain(*self._batches, *self._window.batches(self.max_batch_size))
-            )
+            lost = sum(delta.calls for delta in chain(*self._batches, *self._window.batches(self.max_batch_size)))
             if lost:
                 self._totals.lost[reason] += lost
             self._window, self._sealed = Generation(), Generation()
@@ -255,7 +251,7 @@ class Backlog:
             self.settled = self.folded
             return lost
 
-    # -- whoever asks -----------------------------------------------------------------------------------------
+    # -- whoever asks ------------------------------------------------------------------------------
 
     def pending(self, thread_id: str) -> ThreadDelta | None:
         """Return the sum of what is uncommitted of one thread, or `None`."""
@@ -291,7 +287,7 @@ class Backlog:
                 rows_skipped=totals.rows_skipped,
             )
 
-    # -- inside -----------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _set_gate(self, calls: int) -> None:
         self.gate = calls
@@ -330,9 +326,9 @@ class Backlog:
 def add(delta: ThreadDelta, record: Record) -> None:
     """Add one queued call to *delta*."""
     at = record[-1] // 1_000
-    if len(record) == _ENSURE:
+    if len(record) == 2:
         delta.ensure(at)
-    elif len(record) == _RESOLVE:
+    elif len(record) == 3:
         delta.resolve(record[1], at)
     else:
         delta.turn(record[1], record[2], record[3], at)

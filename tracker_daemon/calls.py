@@ -73,9 +73,7 @@ def cost(value: object) -> Cost:
         raise InvalidCall("cost", "must be an int, float or Decimal, not a bool", value)
     if isinstance(value, int):
         if value.bit_length() > _COST_INT_BITS:
-            raise InvalidCall(
-                "cost", f"must have at most {COST_DIGITS_BEFORE} digits before the point", value
-            )
+            raise InvalidCall("cost", f"must have at most {COST_DIGITS_BEFORE} digits before the point", value)
         return int.__int__(value)
     if isinstance(value, float):
         plain = float.__float__(value)

@@ -19,7 +19,7 @@ class Clock(Protocol):
         """Seconds since 1970."""
         ...
 
-    async def wait(self, event: anyio.Event, timeout: float | None) -> bool:
+    async def wait(self, event: anyio.Event, timeout: float | None) -> bool:  # noqa: ASYNC109
         """Wait until *event* is set or *timeout* seconds have passed; return whether it is set."""
         ...
 

@@ -155,32 +155,24 @@ def _families(total: _Sum) -> Iterator[Metric]:
     )
     yield _gauge("queue_depth", "Threads with uncommitted change.", total.threads)
     yield _gauge("queue_calls", "Calls taken and not yet applied, dead-lettered or lost.", total.queue_calls)
-    yield _gauge(
-        "queue_limit", "Threads with uncommitted change that may be held (max_pending).", total.limit
-    )
+    yield _gauge("queue_limit", "Threads with uncommitted change that may be held (max_pending).", total.limit)
     yield _gauge(
         "oldest_pending_timestamp_seconds",
         "When the oldest pending call was made; 0 when empty.",
         total.oldest,
     )
-    yield _gauge(
-        "last_success_timestamp_seconds", "When a flush last committed; 0 before.", total.last_success
-    )
+    yield _gauge("last_success_timestamp_seconds", "When a flush last committed; 0 before.", total.last_success)
     yield _histogram("flush_duration_seconds", "One flush, from begin to commit.", total, "flush_seconds")
     yield _histogram("flush_rows", "Threads in one flush.", total, "flush_rows")
     yield _histogram(
         "commit_lag_seconds", "From the oldest call of a batch to its commit.", total, "commit_lag_seconds"
     )
     yield _counter("flushes", "Flushes by how they ended.", "outcome", OUTCOMES, total.flushes)
-    skipped = CounterMetricFamily(
-        "tracker_rows_skipped", "Threads without a row, left alone (create_missing=False)."
-    )
+    skipped = CounterMetricFamily("tracker_rows_skipped", "Threads without a row, left alone (create_missing=False).")
     skipped.add_metric([], total.rows_skipped)
     yield skipped
     yield _counter("database_errors", "Errors of the database by class.", "class", FAULT_KINDS, total.errors)
-    regressions = CounterMetricFamily(
-        "tracker_ledger_regressions", "Times the database had forgotten commits."
-    )
+    regressions = CounterMetricFamily("tracker_ledger_regressions", "Times the database had forgotten commits.")
     regressions.add_metric([], total.regressions)
     yield regressions
     yield _gauge("fenced", "1 when this process may not write any more.", int(total.fenced))
@@ -189,9 +181,7 @@ def _families(total: _Sum) -> Iterator[Metric]:
     yield build
 
 
-def _counter(
-    name: str, text: str, label: str, values: Sequence[str], counts: Mapping[str, int]
-) -> CounterMetricFamily:
+def _counter(name: str, text: str, label: str, values: Sequence[str], counts: Mapping[str, int]) -> CounterMetricFamily:
     family = CounterMetricFamily(f"tracker_{name}", text, labels=[label])
     for value in values:
         family.add_metric([value], counts.get(value, 0))

@@ -127,8 +127,11 @@ class WriteBehindConversationTracker:
         await self._enter("record_turn", thread_id, agent_name, tokens, cost)
 
     async def resolve(
-        self, pool: AsyncConnectionPool[Any] | None, thread_id: str, resolution_type: str
-    ) -> None:  # noqa: ARG002
+        self,
+        pool: AsyncConnectionPool[Any] | None,  # noqa: ARG002
+        thread_id: str,
+        resolution_type: str,
+    ) -> None:
         """Mark the conversation as resolved."""
         await self._enter("resolve", thread_id, resolution_type)
 

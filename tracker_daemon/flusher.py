@@ -170,16 +170,12 @@ class Flusher:
     def _count(self, kind: FaultKind) -> None:
         self._numbers.errors[kind] += 1
 
-    def _tell(
-        self, error: BaseException, event: str, *, level: str, always: bool = False, **fields: object
-    ) -> None:
+    def _tell(self, error: BaseException, event: str, *, level: str, always: bool = False, **fields: object) -> None:
         self._numbers.last_error = error
         rated = {} if always else self._rated.due(f"{event}:{fields.get('kind')}")
         if rated is not None:
             books = self._backlog.books()
-            getattr(self._log, level)(
-                event, error=str(error), pending_calls=books.queue_calls, **fields, **rated
-            )
+            getattr(self._log, level)(event, error=str(error), pending_calls=books.queue_calls, **fields, **rated)
         if self._on_error is not None:
             try:
                 self._on_error(error)

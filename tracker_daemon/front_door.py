@@ -93,9 +93,7 @@ class FrontDoor:
             raise
         return self._enter((name, time_ns()))
 
-    def record_turn(
-        self, thread_id: str, agent_name: str | None = None, tokens: int = 0, cost: calls.Cost = 0
-    ) -> bool:
+    def record_turn(self, thread_id: str, agent_name: str | None = None, tokens: int = 0, cost: calls.Cost = 0) -> bool:
         """Count one turn of the conversation.
 
         Args:

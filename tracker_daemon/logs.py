@@ -22,9 +22,7 @@ _logfmt = structlog.processors.LogfmtRenderer(key_order=["event"], bool_as_flag=
 def _render(logger: Any, method: str, event: EventDict) -> dict[str, Any]:
     exc_info = event.pop("exc_info", None)
     fields = dict(event)
-    text = {
-        key: value if isinstance(value, str | int | float) else str(value) for key, value in event.items()
-    }
+    text = {key: value if isinstance(value, str | int | float) else str(value) for key, value in event.items()}
     return {"msg": _logfmt(logger, method, text), "exc_info": exc_info, "extra": {"tracker": fields}}
 
 

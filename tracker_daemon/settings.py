@@ -52,9 +52,7 @@ class Settings:
             raise ConfigError("create_missing", "must be True or False", self.create_missing)
         split_table(self.table)
         if not isinstance(self.registry, CollectorRegistry):
-            raise ConfigError(
-                "registry", "must be a prometheus_client.CollectorRegistry or None", self.registry
-            )
+            raise ConfigError("registry", "must be a prometheus_client.CollectorRegistry or None", self.registry)
         if self.journal is not None:
             raise ConfigError("journal", "is not in this version; leave it None", self.journal)
         if self.on_error is not None and not callable(self.on_error):

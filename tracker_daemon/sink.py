@@ -31,7 +31,7 @@ DeadReason: TypeAlias = Literal["overflow", "constraint", "data", "raised", "dri
 DEAD_REASONS: Final[tuple[DeadReason, ...]] = get_args(DeadReason)
 
 
-class SinkFault(TrackerError):
+class SinkFault(TrackerError):  # noqa: N818
     """The sink could not apply a batch now; *kind* decides what follows, `__cause__` is the driver's error."""
 
     def __init__(self, kind: FaultKind, message: str) -> None:

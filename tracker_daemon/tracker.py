@@ -91,6 +91,7 @@ class Tracker(FrontDoor):
     """
 
     _clock: Clock = SystemClock()
+    _worker: Worker
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class Tracker(FrontDoor):
         make_sink, clock, on_error = self._make_sink, self._clock, self._settings.on_error
         return lambda: Flusher(backlog, make_sink(), clock, numbers, producer, on_error)
 
-    # -- the barrier ------------------------------------------------------------------------------------------
+    # -- the barrier -------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> None:
         """Return when every call accepted before is applied or dead-lettered, however many follow meanwhile.
@@ -194,7 +195,7 @@ class Tracker(FrontDoor):
                 f"{name}() was called in the worker's own thread (from on_error?): it would wait for itself"
             )
 
-    # -- the end ----------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def close(self, timeout: float | None = None) -> DrainReport:
         """Stop accepting, drain, and say what became of the calls that were pending.
@@ -264,7 +265,7 @@ class Tracker(FrontDoor):
         async with self:
             yield
 
-    # -- looking in -------------------------------------------------------------------------------------------
+    # -- looking in --------------------------------------------------------------------------------
 
     def pending(self, thread_id: str) -> ThreadDelta | None:
         """Return what is not yet committed of *thread_id*, or `None`: database row + pending = the true total."""
@@ -307,7 +308,7 @@ class Tracker(FrontDoor):
         state = "closed" if self._worker.closed else "running" if self._worker.started else "not started"
         return f"<Tracker {self._producer} {state}>"
 
-    # -- told by the process ----------------------------------------------------------------------------------
+    # -- told by the process -----------------------------------------------------------------------
 
     def at_exit(self) -> None:
         """The process ends: drain."""

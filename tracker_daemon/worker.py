@@ -100,7 +100,7 @@ class Worker:
         self._event: anyio.Event | None = None
         self._flusher: Flusher | None = None
 
-    # -- from any thread --------------------------------------------------------------------------------------
+    # -- from any thread ---------------------------------------------------------------------------
 
     @property
     def started(self) -> bool:
@@ -168,7 +168,7 @@ class Worker:
         self._finish("deadline")
         return self.finished.result(0)
 
-    # -- the thread -------------------------------------------------------------------------------------------
+    # -- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         self.ident = threading.get_ident()

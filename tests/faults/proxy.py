@@ -677,11 +677,7 @@ class FaultProxy:
         buffer = link.frames[direction].buffer
         for armed in self._armed:
             fault = armed.fault
-            if (
-                isinstance(fault, MessageFault)
-                and fault.wants(direction, kind, buffer, at, size)
-                and armed.due()
-            ):
+            if isinstance(fault, MessageFault) and fault.wants(direction, kind, buffer, at, size) and armed.due():
                 taker = taker or armed
         if taker is None:
             return None

@@ -151,7 +151,24 @@ def insert_pipelined(conninfo: str, table: str) -> None:
         conn.commit()
 
 
-WORKS = [insert_and_copy, insert_and_copy_async, insert_pipelined]
+def copy_extended(conninfo: str, table: str) -> None:
+    """A COPY in the extended protocol, where the server ignores the Sync before the data: all three rows or none."""
+    pgconn = psycopg.pq.PGconn.connect(conninfo.encode())
+    try:
+        pgconn.exec_params(f"COPY {table} FROM STDIN".encode(), None)
+        if pgconn.status == psycopg.pq.ConnStatus.OK:
+            pgconn.put_copy_data(b"1\tcopied\n2\tcopied\n3\tcopied\n")
+            pgconn.put_copy_end()
+            result = pgconn.get_result()
+            if result is None or result.status != psycopg.pq.ExecStatus.COMMAND_OK or pgconn.get_result() is not None:
+                raise psycopg.OperationalError(pgconn.error_message)
+        if pgconn.status != psycopg.pq.ConnStatus.OK:
+            raise psycopg.OperationalError(pgconn.error_message)
+    finally:
+        pgconn.finish()
+
+
+WORKS = [insert_and_copy, insert_and_copy_async, insert_pipelined, copy_extended]
 
 
 def failed(work: Callable[[str, str], None], proxy: FaultProxy, table: str) -> bool:
@@ -212,7 +229,8 @@ def test_cut_at_every_message(
         if not fired:
             break
         assert [(f.index, f.connection) for f in fired] == [(n, n + 1)]
-    assert n == messages + 1
+    # psycopg's pipeline sends one Flush more or less, as the answers happen to come.
+    assert abs(n - (messages + 1)) <= (work is insert_pipelined and direction == "client")
     assert outcomes[-1] == (False, 3)
     assert {count for _, count in outcomes} == {0, 3}
     assert {broken for broken, count in outcomes if count == 0} == {True}
@@ -241,9 +259,9 @@ def test_answer_lost_at_every_message(
         until(lambda: backends(direct) == 0, direct)
         outcomes.append((broken, rows(), fired.kind))
     assert (True, 3) in {outcome[:2] for outcome in outcomes}
-    assert {"startup", "P", "B", "D", "E", "S", "Q", "X"} - {kind for _, _, kind in outcomes} <= (
-        {"Q"} if work is insert_pipelined else set()
-    )
+    kinds = {kind for _, _, kind in outcomes}
+    assert kinds >= {"startup", "P", "B", "D", "E", "S"}
+    assert work is insert_pipelined or kinds >= {"d", "c", "X"}
 
 
 @pytest.mark.parametrize(
@@ -274,9 +292,7 @@ def test_commit_done_and_answer_lost(
         assert len(proxy.fired) == 1
 
 
-def test_answer_of_a_waiting_server(
-    proxy: FaultProxy, direct: Connection, table: str, rows: Callable[[], int]
-) -> None:
+def test_answer_of_a_waiting_server(proxy: FaultProxy, direct: Connection, table: str, rows: Callable[[], int]) -> None:
     """An answer that does not come within `wait_s` is reported as not seen, and the connection is cut all the same."""
     with direct.transaction(), open_through(proxy) as conn:
         direct.execute(f"LOCK TABLE {table}")
@@ -287,9 +303,7 @@ def test_answer_of_a_waiting_server(
     until(lambda: rows() == 1, direct)
 
 
-def test_cut_inside_a_frame(
-    proxy: FaultProxy, direct: Connection, table: str, rows: Callable[[], int]
-) -> None:
+def test_cut_inside_a_frame(proxy: FaultProxy, direct: Connection, table: str, rows: Callable[[], int]) -> None:
     """A COPY cut after any number of bytes of its data leaves nothing, and the next one everything."""
     size = 0
     for after in itertools.count():
@@ -451,9 +465,7 @@ def test_cancel_request_lost(proxy: FaultProxy, direct: Connection, threads: Thr
         with pytest.raises(psycopg.OperationalError):
             query.result(DEADLINE_S)
     assert backends(direct, "active") == 1
-    direct.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"
-    )
+    direct.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'")
     until(lambda: backends(direct) == 0, direct)
 
 
@@ -472,9 +484,7 @@ def test_pipeline(proxy: FaultProxy) -> None:
         assert [fired.processed for fired in proxy.fired] == [True]
 
 
-def test_large_copy(
-    postgres: EmbeddedPostgres, socket_dir: Path | None, table: str, direct: Connection
-) -> None:
+def test_large_copy(postgres: EmbeddedPostgres, socket_dir: Path | None, table: str, direct: Connection) -> None:
     """Long values and many short rows pass a COPY both ways unchanged, with a fault armed that looks at each."""
     long = "é" * (2 * PEEK_BYTES)
     notes = [long, *(f"note {i}" for i in range(200_000)), long]
@@ -634,9 +644,7 @@ def test_frames_in_single_bytes(proxy: FaultProxy) -> None:
     assert proxy.messages("server", "D") == 1
 
 
-@pytest.mark.parametrize(
-    "sent", [b"GET / HTTP/1.1\r\n\r\n", struct.pack("!II", MAX_STARTUP_BYTES + 1, 196608)]
-)
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", struct.pack("!II", MAX_STARTUP_BYTES + 1, 196608)])
 def test_garbage(postgres: EmbeddedPostgres, sent: bytes) -> None:
     """What is not Postgres fails the test at the end instead of passing for a fault."""
     proxy = FaultProxy(postgres.conninfo)

@@ -64,9 +64,7 @@ async def find_schema(connection: AsyncConnection[Any], schema: str | None, tabl
     )
     row = await cursor.fetchone()
     if row is None or row[0] is None:
-        raise SchemaError(
-            "the search_path names no schema that exists; qualify the table (table='schema.name')"
-        )
+        raise SchemaError("the search_path names no schema that exists; qualify the table (table='schema.name')")
     return str(row[0])
 
 
@@ -81,9 +79,7 @@ async def faults_of(connection: AsyncConnection[Any], schema: str, table: str) -
             if name not in columns:
                 found.append(f"column {schema}.{table}.{name} is missing; it must be {' or '.join(types)}")
             elif columns[name] not in types:
-                found.append(
-                    f"column {schema}.{table}.{name} is {columns[name]}; it must be {' or '.join(types)}"
-                )
+                found.append(f"column {schema}.{table}.{name} is {columns[name]}; it must be {' or '.join(types)}")
         if not found and not await _has_unique_thread_id(connection, schema, table):
             found.append(f"table {schema}.{table} has no primary key or unique index on (thread_id) alone")
     for name, needed in (("tracker_ledger", LEDGER_COLUMNS), ("tracker_dead_letters", DEAD_LETTER_COLUMNS)):
@@ -142,12 +138,12 @@ async def migrate(connection: AsyncConnection[Any], schema: str | None, table: s
         for number, name, text in migrations():
             if number not in done or number == 1:
                 # The first only creates what is missing; it also brings back a table that was dropped.
-                await cursor.execute(sql.SQL(text).format(**names))  # type: ignore[arg-type]  # a file of ours
+                await cursor.execute(sql.SQL(text).format(**names))
             if number not in done:
                 await cursor.execute(
-                    sql.SQL(
-                        "INSERT INTO {migrations} (conversations, number, name) VALUES (%s, %s, %s)"
-                    ).format(**names),
+                    sql.SQL("INSERT INTO {migrations} (conversations, number, name) VALUES (%s, %s, %s)").format(
+                        **names
+                    ),
                     [table, number, name],
                 )
                 applied.append(f"{number:04}_{name}")

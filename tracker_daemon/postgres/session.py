@@ -47,7 +47,12 @@ class Session:
 
     @classmethod
     async def open(
-        cls, connector: Connector, table: tuple[str | None, str], *, create_missing: bool, timeout: float
+        cls,
+        connector: Connector,
+        table: tuple[str | None, str],
+        *,
+        create_missing: bool,
+        timeout: float,  # noqa: ASYNC109
     ) -> Session:
         """Connect and look at the tables.
 

@@ -66,7 +66,7 @@ class PostgresSink:
         self._opened: Opened | None = None
         self._aborted = False
 
-    # -- the port ---------------------------------------------------------------------------------------------
+    # -- the port ----------------------------------------------------------------------------------
 
     async def open(self, producer: UUID, lane: int) -> Opened:
         """See `Sink.open`."""
@@ -79,7 +79,7 @@ class PostgresSink:
                 row = await cursor.fetchone()
         except Exception as error:
             raise await self._failed(session, error, "opening the ledger") from error
-        assert row is not None  # noqa: S101 - RETURNING of an upsert
+        assert row is not None
         self._opened = Opened(*row)
         return self._opened
 
@@ -116,7 +116,7 @@ class PostgresSink:
                 pass
         await self._drop()
 
-    # -- the connection ---------------------------------------------------------------------------------------
+    # -- the connection ----------------------------------------------------------------------------
 
     async def _connected(self) -> Session:
         if self._session is not None and self._session.connection.closed:
@@ -144,7 +144,7 @@ class PostgresSink:
             return SinkFault("timeout", f"{doing}: no answer within {self._timeout:g} s")
         return faults.fault(error, doing)
 
-    # -- one transaction --------------------------------------------------------------------------------------
+    # -- one transaction ---------------------------------------------------------------------------
 
     async def _attempt(self, session: Session, batch: Batch) -> Applied:
         with session.deadline(self._timeout * 1.1):
@@ -170,7 +170,7 @@ class PostgresSink:
             await cursor.execute(session.statements["flush_arrays"], parameters)
             await connection.execute("COMMIT")
             row = await cursor.fetchone()
-        assert row is not None  # noqa: S101 - a SELECT of counts
+        assert row is not None
         moved, sent, merged = row
         return self._applied(batch, sent, merged) if moved else await self._not_moved(session, batch)
 
@@ -195,7 +195,7 @@ class PostgresSink:
             await cursor.execute(session.statements["merge_stage"], rows.parameters())
             await connection.execute("COMMIT")
             row = await cursor.fetchone()
-        assert row is not None  # noqa: S101 - a SELECT of counts
+        assert row is not None
         return self._applied(batch, row[1], row[2])
 
     async def _begin(self, session: Session) -> None:
@@ -225,7 +225,7 @@ class PostgresSink:
             return Applied(rows=0, duplicate=True)
         raise LedgerRegressed(producer, batch.lane, batch.sequence - 1, applied)
 
-    # -- bad data ---------------------------------------------------------------------------------------------
+    # -- bad data ----------------------------------------------------------------------------------
 
     async def _flush_apart(self, session: Session, batch: Batch) -> Applied:
         connection, cursor = session.connection, session.cursor()
@@ -246,9 +246,7 @@ class PostgresSink:
             await connection.execute("COMMIT")
         return self._applied(batch, sent, merged, tuple(dead))
 
-    async def _merge_apart(
-        self, session: Session, deltas: list[ThreadDelta]
-    ) -> tuple[int, int, list[DeadLetter]]:
+    async def _merge_apart(self, session: Session, deltas: list[ThreadDelta]) -> tuple[int, int, list[DeadLetter]]:
         """Merge what can be; return the rows sent and written, and what stands alone and cannot be."""
         try:
             with session.deadline(self._timeout):
@@ -274,7 +272,7 @@ class PostgresSink:
         await cursor.execute(session.statements["merge_arrays"], encoding.arrays(deltas))
         row = await cursor.fetchone()
         await connection.execute("RELEASE SAVEPOINT part")
-        assert row is not None  # noqa: S101 - a SELECT of counts
+        assert row is not None
         return row[1], row[2]
 
 

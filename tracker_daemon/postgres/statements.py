@@ -17,6 +17,8 @@ from psycopg import sql
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_NOTHING = sql.SQL("")
+_ONE = sql.SQL("1")
 _HERE = "tracker_daemon.postgres"
 
 
@@ -83,18 +85,18 @@ class Statements:
         return composed[name]
 
     def _fill(self, name: str) -> sql.Composed:
-        return sql.SQL(_text(name)).format(**self.names)  # type: ignore[arg-type]  # the text is a file of ours
+        return sql.SQL(_text(name)).format(**self.names)
 
     def _merge(
         self,
         rows: str,
         *,
-        moved: sql.Composable = sql.SQL(""),
-        moved_count: sql.Composable = sql.SQL("1"),
+        moved: sql.Composable = _NOTHING,
+        moved_count: sql.Composable = _ONE,
         where: list[sql.Composable | None],
     ) -> sql.Composed:
         conditions = [condition for condition in where if condition is not None]
         clause = sql.SQL("WHERE ") + sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("")
-        return sql.SQL(_text("merge")).format(  # type: ignore[arg-type]  # the text is a file of ours
+        return sql.SQL(_text("merge")).format(
             moved=moved, moved_count=moved_count, rows=self._fill(rows), where=clause, **self.names
         )
