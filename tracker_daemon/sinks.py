@@ -39,7 +39,7 @@ def _from_url(url: str, settings: Settings) -> Callable[[], Sink]:
         raise ConfigError("sink", f"has the scheme {scheme}:, which this version does not speak", url)
     if not (colon and scheme in ("postgresql", "postgres")) and "=" not in url:
         # The value is not shown: it may be a URL with a password and a typing error.
-        raise ConfigError("sink", "must begin with postgresql: or embedded:, or be a key=value conninfo", "…")
+        raise ConfigError("sink", "must begin with postgresql: or embedded:, or be a key=value conninfo")
     from tracker_daemon.postgres.connection import Connector  # noqa: PLC0415 - a MemorySink needs no libpq
 
     return _postgres(Connector(url), settings)

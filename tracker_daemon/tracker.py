@@ -16,9 +16,9 @@ from tracker_daemon.backlog import Backlog
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.collector import Reading, collector_of
 from tracker_daemon.errors import FlushTimeout, TrackerError
+from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
 from tracker_daemon.front_door import FrontDoor, Refusals
-from tracker_daemon.numbers import FlushNumbers
 from tracker_daemon.settings import Overflow, Settings
 from tracker_daemon.settings import timeout as checked_timeout
 from tracker_daemon.sinks import sink_factory

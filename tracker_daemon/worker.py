@@ -24,8 +24,6 @@ import anyio.lowlevel
 
 from tracker_daemon.logs import get_logger
 
-LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed")
-
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable

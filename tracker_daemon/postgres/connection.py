@@ -41,6 +41,19 @@ async def _value(setting: Any) -> Any:
     return await found if inspect.isawaitable(found) else found
 
 
+def _check(conninfo: str) -> None:
+    """Raise `ConfigError` for what libpq cannot read. The text itself is not repeated: it may hold a password."""
+    try:
+        parameters = conninfo_to_dict(conninfo)
+    except psycopg.ProgrammingError:
+        raise ConfigError(
+            "sink", "is not a Postgres URL (postgresql://user:password@host:port/database) or key=value conninfo"
+        ) from None
+    for port in str(parameters.get("port", "")).split(","):
+        if port and not (port.isdecimal() and 0 < int(port) < 65_536):
+            raise ConfigError("sink", "has a port that is not a number from 1 to 65535", port)
+
+
 class Connector:
     """Makes connections.
 
@@ -57,11 +70,7 @@ class Connector:
         configure: Callable[[Any], Awaitable[None]] | None = None,
     ) -> None:
         if isinstance(conninfo, str):
-            try:
-                conninfo_to_dict(conninfo)
-            except psycopg.ProgrammingError as error:
-                text = " ".join(str(error).split())
-                raise ConfigError("sink", f"is not a valid Postgres URL or conninfo ({text})", "…") from None
+            _check(conninfo)
         self._conninfo, self._kwargs, self._configure = conninfo, kwargs, configure
 
     @classmethod
