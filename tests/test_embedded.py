@@ -87,6 +87,11 @@ def family(pid: int) -> list[int]:
     return [pid, *children]
 
 
+def children_titled(pid: int, title: bytes) -> list[int]:
+    """The children of *pid* with *title* in their command line."""
+    return [child for child in family(pid)[1:] if title in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def gone(pids: list[int]) -> bool:
     """Tell whether none of *pids* runs any more; a zombie that nobody reaps does not run."""
     for pid in pids:
@@ -106,15 +111,20 @@ def users_of(path: Path) -> list[str]:
     return found
 
 
-def own(directory: Path, then: str) -> "subprocess.Popen[str]":
-    """Run an owner of a server in *directory* as a process of its own."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def own(directory: Path, then: str) -> Iterator["subprocess.Popen[str]"]:
+    """Run an owner of a server in *directory* as a process of its own; it is killed at the end, at the latest."""
+    with subprocess.Popen(
         [sys.executable, "-X", "dev", "-W", "error", "-c", OWNER, str(directory), then],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(embedded.__file__).parents[1])},
-    )
+    ) as owner:
+        try:
+            yield owner
+        finally:
+            owner.kill()
 
 
 def test_first_start_takes_seconds(place: Path) -> None:
@@ -284,6 +294,27 @@ def test_killed_owner(home: Path) -> None:
 
 
 @on_linux
+def test_slow_leaver(home: Path) -> None:
+    """A start waits, as long as it may, for a server whose owner is dead and whose shutdown takes its time."""
+    with own(home, "stay") as owner:
+        assert owner.stdout
+        pid = int(owner.stdout.readline())
+        until(lambda: children_titled(pid, b"checkpointer"), "the title of the checkpointer")
+        (checkpointer,) = children_titled(pid, b"checkpointer")
+        os.kill(checkpointer, signal.SIGSTOP)
+        owner.kill()
+    waker = threading.Timer(1.5, os.kill, (checkpointer, signal.SIGCONT))
+    waker.start()
+    try:
+        with pytest.raises(EmbeddedPostgresError, match=rf"pid {pid} \(stopping\)"):
+            EmbeddedPostgres(home, settings=FAST).start(timeout=0.2)
+        with EmbeddedPostgres(home, settings=FAST) as server:
+            assert ask(server.conninfo, "SELECT 1") == 1
+    finally:
+        waker.join()
+
+
+@on_linux
 def test_owner_that_just_leaves(home: Path) -> None:
     """An owner that ends without `stop` has stopped the server by then, silently."""
     with own(home, "leave") as owner:
@@ -370,13 +401,13 @@ def test_killed_postmaster(home: Path) -> None:
 @on_linux
 def test_reused_pid(home: Path) -> None:
     """A stale pid file whose number now belongs to another process of the server's user does not stop a start."""
-    user = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []} if ROOT else {}
+    user, group = embedded.server_identity() or (None, None)
     server = EmbeddedPostgres(home, settings=FAST)
     server.start()
     pid_file, socket_lock = home / "data" / "postmaster.pid", home / "socket" / ".s.PGSQL.5432.lock"
     content = pid_file.read_text().partition("\n")[2]
     server.stop()
-    with subprocess.Popen(["sleep", "60"], **user) as stranger:
+    with subprocess.Popen(["sleep", "60"], user=user, group=group, extra_groups=[] if ROOT else None) as stranger:
         try:
             for path in (pid_file, socket_lock):
                 path.write_text(f"{stranger.pid}\n{content}")
@@ -430,8 +461,9 @@ def test_interrupted_initdb(place: Path) -> None:
     (place / "data.new-older" / "PG_VERSION").touch()
     with EmbeddedPostgres(place, settings=FAST) as server:
         assert ask(server.conninfo, "SELECT 1") == 1
-        until(lambda: not list(place.glob("data.new-*")), "the leftovers are removed")
         until(lambda: not users_of(new), "the end of the old initdb")
+        server.restart()  # the old initdb may have written until now
+    assert not list(place.glob("data.new-*"))
 
 
 @pytest.mark.parametrize("name", ["x" * 120, "comma,comma"])
@@ -501,7 +533,7 @@ def test_start_that_takes_too_long(home: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_programs(home: Path) -> None:
     """`bin_directory` has psql and pgbench, and they run on `conninfo`."""
     with EmbeddedPostgres(home, settings=FAST) as server:
-        psql = [server.bin_directory / "psql", server.conninfo, "-Atc", "SELECT 5"]
+        psql = [str(server.bin_directory / "psql"), server.conninfo, "-Atc", "SELECT 5"]
         assert subprocess.run(psql, capture_output=True, text=True, check=True).stdout == "5\n"
         assert (server.bin_directory / "pgbench").exists()
 
@@ -518,8 +550,11 @@ def test_root_drops_to_nobody(home: Path) -> None:
         )
         assert set(status["Uid"].split()) == {str(nobody.pw_uid)}
         assert set(status["Gid"].split()) == {str(nobody.pw_gid)}
-        assert status["Groups"].split() == []
         assert int(status["CapEff"], 16) == 0
+    identity = (str(nobody.pw_uid), str(nobody.pw_gid))
+    shim = [sys.executable, "-I", "-S", "-c", embedded.SHIM, str(os.getpid()), *identity, "/bin/sh", "-c", "id -G"]
+    done = subprocess.run(shim, extra_groups=[0, 4], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(nobody.pw_gid)]
 
 
 @as_root
@@ -594,18 +629,17 @@ def test_planted_copy(place: Path, planted: str, monkeypatch: pytest.MonkeyPatch
 def test_ordinary_user(place: Path) -> None:
     """Another user than root runs the server as itself, in a directory closed to others."""
     python = shutil.which("python3", path="/usr/local/bin:/usr/bin") or sys.executable
-    nobody = pwd.getpwnam("nobody")
+    uid, gid = embedded.server_identity() or (0, 0)
     paths = [Path(embedded.__file__).parents[1], embedded.usable_binaries(None).parents[2]]
     script = f"import sys; sys.path += {[*map(str, paths)]}\n" + OWNER + "print(oct(server.directory.stat().st_mode))"
     command = [python, "-c", script, str(place / "db"), "leave"]
-    os.chown(place, nobody.pw_uid, nobody.pw_gid)
-    user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+    os.chown(place, uid, gid)
     probe = f"import sys; sys.path += {[*map(str, paths)]}; from tracker_daemon import embedded; embedded.usable_binaries(None)"
     try:
-        subprocess.run([python, "-c", probe], check=True, capture_output=True, **user)
+        subprocess.run([python, "-c", probe], check=True, capture_output=True, user=uid, group=gid, extra_groups=[])
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no Python, or not this package, within reach of 'nobody'")
-    done = subprocess.run(command, check=False, capture_output=True, text=True, **user)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, user=uid, group=gid, extra_groups=[])
     assert done.stderr == ""
     assert done.stdout.split()[1:] == ["0o40700"]
     assert "database system is shut down" in log_of(place / "db")

@@ -305,6 +305,7 @@ class Backlog:
                 window.oldest_at = record[-1]
             if thread_id not in self._sealed:
                 self._threads += 1
+                self.gate = min(self.gate, self.max_pending - self._threads)
             window.deltas[thread_id] = delta
         elif not self.create_missing and not delta.ensures:
             delta = self._follower(thread_id, delta, record)

@@ -2,7 +2,8 @@
 
 Rules:
 1. A value is accepted as it is or refused with `InvalidCall`; nothing is rounded, cut or guessed.
-2. What comes back is of the exact built-in type: a subclass's own methods never run in the worker.
+2. What comes back is of the exact built-in type: a subclass's own methods never run. The type alone tells what a value
+   is; `isinstance` would ask the value, and a mock or a proxy lies.
 3. Names have 1 to 512 bytes in UTF-8, no NUL (Postgres text cannot hold one), no lone surrogate (UTF-8 has none).
 4. Tokens are integers within ±(2**63 - 1), the range of `bigint` less its odd one out.
 5. Costs are finite; a float counts as the decimal that `repr` prints. Their digits fit `numeric`.
@@ -22,7 +23,7 @@ TOKENS_LIMIT: Final = 2**63
 # PostgreSQL manual, "Arbitrary Precision Numbers": up to 131,072 digits before the point, 16,383 after.
 COST_DIGITS_BEFORE: Final = 131_072
 COST_DIGITS_AFTER: Final = 16_383
-_COST_INT_BITS: Final = 435_000  # below 10**131_072; counts in constant time
+_COST_INT_BITS: Final = 435_411  # below 10**131_072; counts in constant time
 
 EXACT_COST_TYPES: Final = frozenset({int, float, Decimal})
 
@@ -31,9 +32,9 @@ Cost: TypeAlias = "int | float | Decimal"
 
 def name(argument: str, value: object) -> str:
     """Return *value* as a plain `str`, or raise `InvalidCall` naming *argument* (rule 3)."""
-    if not isinstance(value, str):
+    if not issubclass(type(value), str):
         raise InvalidCall(argument, "must be a str", value)
-    text = str.__str__(value) if type(value) is str else str.__add__("", value)
+    text = str.__add__("", value)  # type: ignore[operator]
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -54,7 +55,7 @@ def optional_name(argument: str, value: object) -> str | None:
 
 def tokens(value: object) -> int:
     """Return *value* as a plain `int` (rule 4); anything with `__index__` but `bool`."""
-    if isinstance(value, bool):
+    if type(value) is bool:
         raise InvalidCall("tokens", "must be an integer, not a bool", value)
     try:
         number = int(index(value))  # type: ignore[arg-type]  # what has no __index__ is the TypeError below
@@ -69,19 +70,21 @@ def tokens(value: object) -> int:
 
 def cost(value: object) -> Cost:
     """Return *value* as a plain `int`, `float` or `Decimal` (rule 5)."""
-    if isinstance(value, bool):
+    kind = type(value)
+    if kind is bool:
         raise InvalidCall("cost", "must be an int, float or Decimal, not a bool", value)
-    if isinstance(value, int):
-        if value.bit_length() > _COST_INT_BITS:
+    if issubclass(kind, int):
+        whole = int.__int__(value)  # type: ignore[arg-type]
+        if whole.bit_length() > _COST_INT_BITS:
             raise InvalidCall("cost", f"must have at most {COST_DIGITS_BEFORE} digits before the point", value)
-        return int.__int__(value)
-    if isinstance(value, float):
-        plain = float.__float__(value)
+        return whole
+    if issubclass(kind, float):
+        plain = float.__float__(value)  # type: ignore[arg-type]
         if plain - plain != 0:
             raise InvalidCall("cost", "must be finite", value)
         return plain
-    if isinstance(value, Decimal):
-        return _decimal(value)
+    if issubclass(kind, Decimal):
+        return _decimal(value)  # type: ignore[arg-type]
     raise InvalidCall("cost", "must be an int, float or Decimal", value)
 
 
@@ -99,4 +102,4 @@ def _decimal(value: Decimal) -> Decimal:
 
 def decimal(value: Cost) -> Decimal:
     """Return a checked cost as the decimal it counts as (rule 5)."""
-    return value if isinstance(value, Decimal) else Decimal(repr(value))
+    return Decimal(repr(value)) if isinstance(value, float) else Decimal(value)

@@ -92,26 +92,29 @@ class ThreadDelta:
     def ensure(self, at: int) -> None:
         """Add one `ensure_conversation` at *at*."""
         self.ensures += 1
-        self.first_at = min(self.first_at, at)
+        if at < self.first_at:
+            self.first_at = at
 
     def turn(self, agent_name: str | None, tokens: int, cost: Cost, at: int) -> None:
         """Add one `record_turn` at *at*."""
         self.turns += 1
         self.tokens += tokens
         if cost:
-            self._pay(cost)
+            self.pay(cost)
         if agent_name is not None and agent_name not in self.agents:
             self.agents += (agent_name,)
         last = self.last_turn_at
         if last is None or at > last:
             self.last_turn_at = at
-        self.first_at = min(self.first_at, at)
+        if at < self.first_at:
+            self.first_at = at
 
     def resolve(self, resolution_type: str, at: int) -> None:
         """Add one `resolve` at *at*."""
         self.resolves += 1
         self._resolved(resolution_type, at)
-        self.first_at = min(self.first_at, at)
+        if at < self.first_at:
+            self.first_at = at
 
     def merge(self, later: ThreadDelta) -> ThreadDelta:
         """Return the sum of this delta and *later*, whose calls came after; neither is changed."""
@@ -126,7 +129,8 @@ class ThreadDelta:
         total.agents += tuple(name for name in later.agents if name not in total.agents)
         total.first_at = min(total.first_at, later.first_at)
         if later.last_turn_at is not None:
-            total.last_turn_at = max(later.last_turn_at, total.last_turn_at or later.last_turn_at)
+            before = later.last_turn_at if total.last_turn_at is None else total.last_turn_at
+            total.last_turn_at = max(later.last_turn_at, before)
         if later.resolution_type is not None and later.resolved_at is not None:
             total._resolved(later.resolution_type, later.resolved_at)  # noqa: SLF001
         return total
@@ -138,7 +142,8 @@ class ThreadDelta:
             setattr(twin, name, getattr(self, name))
         return twin
 
-    def _pay(self, cost: Cost) -> None:
+    def pay(self, cost: Cost) -> None:
+        """Add *cost*, exactly."""
         if type(cost) is float:
             if -_EXACT_BELOW < cost < _EXACT_BELOW:
                 units = round(cost * _FLOAT_UNITS)

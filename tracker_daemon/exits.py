@@ -11,10 +11,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakSet
 
 
 class Exiting(Protocol):
@@ -29,17 +27,27 @@ class Exiting(Protocol):
         ...
 
 
+# Told of forks from the start: a server may fork before the first call, and call from many threads after it.
+_known: WeakSet[Exiting] = WeakSet()
 # Held until closed: a tracker that its owner dropped still has calls to deliver.
 _alive: dict[int, Exiting] = {}
 _hooked_pid = 0
+_fork_hooked: list[bool] = []
+
+
+def know(tracker: Exiting) -> None:
+    """Have *tracker* told of forks, for as long as it lives."""
+    _known.add(tracker)
+    if not _fork_hooked:
+        _fork_hooked.append(True)
+        os.register_at_fork(after_in_child=_after_fork)
 
 
 def watch(tracker: Exiting) -> None:
-    """Have *tracker* told, until `forget`. Again in a fork's child, when it is used there."""
+    """Have *tracker* told of the end, until `forget`. Again in a fork's child, when it is used there."""
     global _hooked_pid  # noqa: PLW0603 - one set of hooks a process
     _alive[id(tracker)] = tracker
     if not _hooked_pid:
-        os.register_at_fork(after_in_child=_after_fork)
         atexit.register(_at_exit)
     if _hooked_pid != os.getpid():
         _hooked_pid = os.getpid()
@@ -47,7 +55,7 @@ def watch(tracker: Exiting) -> None:
 
 
 def forget(tracker: Exiting) -> None:
-    """Have *tracker* told no more: it is closed."""
+    """Have *tracker* told of the end no more: it is closed."""
     _alive.pop(id(tracker), None)
 
 
@@ -61,14 +69,11 @@ def _hook_multiprocessing() -> None:
         Finalize(None, _at_exit, exitpriority=100)
 
 
-def _each(tell: Callable[[Exiting], None]) -> None:
-    for tracker in list(_alive.values()):
-        tell(tracker)
-
-
 def _at_exit() -> None:
-    _each(lambda tracker: tracker.at_exit())
+    for tracker in list(_alive.values()):
+        tracker.at_exit()
 
 
 def _after_fork() -> None:
-    _each(lambda tracker: tracker.at_fork())
+    for tracker in list(_known):
+        tracker.at_fork()

@@ -117,6 +117,7 @@ class FrontDoor:
                 and thread_id.isascii()
                 and 0 < len(thread_id) <= 512
                 and "\0" not in thread_id
+                and (type(agent_name) is str or agent_name is None)
                 and type(tokens) is int
                 and 0 <= tokens < 1_000_000_000
                 and (type(cost) is float or type(cost) is int)

@@ -74,7 +74,7 @@ class MemorySink:
         found = self.ledger.get(key)
         if found is None:
             raise LedgerMissing(str(batch.producer), batch.lane)
-        if found.epoch > batch.epoch:
+        if found.epoch > batch.epoch or (found.epoch == batch.epoch and found.applied_sequence > batch.sequence):
             raise Fenced(str(batch.producer), batch.lane, batch.epoch, found.epoch)
         if found.epoch == batch.epoch and found.applied_sequence == batch.sequence:
             return Applied(rows=0, duplicate=True)

@@ -115,6 +115,8 @@ def _identifier(table: str, text: str) -> tuple[str, str]:
         name, rest = text[:end].lower(), text[end:]
         if name[:1].isdigit() or name.startswith("$"):
             raise ConfigError("table", "must not begin with a digit or $ unless quoted", table)
+    if "%" in name:
+        raise ConfigError("table", "must not contain % (the driver's mark of a parameter)", table)
     if not name or "\0" in name:
         raise ConfigError("table", "must be a name or schema.name", table)
     try:

@@ -126,13 +126,13 @@ class Tracker(FrontDoor):
         self._raise = overflow == "raise"
         self._agents = {None: None}
         self._begin()
+        exits.know(self)
         self._collector = collector_of(self._settings.registry)
         self._collector.add(self)
 
     def _begin(self) -> None:
         """Start a life: empty, with an identity of its own."""
         settings = self._settings
-        self._pid = os.getpid()
         self._producer = uuid4()
         self._refusals = Refusals()
         self._numbers = FlushNumbers()
@@ -149,6 +149,7 @@ class Tracker(FrontDoor):
             settings.flush_interval,
             lambda: exits.watch(self),
         )
+        self._pid = os.getpid()  # last: until then another thread finds the old life whole
 
     def _make_flusher(self) -> Callable[[], Flusher]:
         backlog, numbers, producer = self._backlog, self._numbers, self._producer
@@ -170,17 +171,26 @@ class Tracker(FrontDoor):
         seconds = checked_timeout(timeout, None)
         barrier = self._barrier()
         try:
-            barrier.result(seconds)
+            kept = barrier.result(seconds)
         except TimeoutError:
+            kept = False
+        finally:
+            self._worker.leave(barrier)
+        if not kept:
             raise self._flush_timeout(seconds) from self._numbers.last_error
 
     async def aflush(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the contract's signature
         """Await what `flush` waits for, on asyncio or trio. Cancelling it cancels the waiting alone."""
         seconds = checked_timeout(timeout, None)
-        if not await host.wait_done(self._barrier(), seconds):
+        barrier = self._barrier()
+        try:
+            kept = await host.wait_done(barrier, seconds) and barrier.result()
+        finally:
+            self._worker.leave(barrier)
+        if not kept:
             raise self._flush_timeout(seconds) from self._numbers.last_error
 
-    def _barrier(self) -> Future[None]:
+    def _barrier(self) -> Future[bool]:
         if os.getpid() != self._pid:
             self._after_fork()
         return self._worker.barrier()

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,6 +42,8 @@ _SECOND_LOOKS: Final = (0.005, 0.5, 0.5)
 _RESERVE: Final = 0.1
 _STRAGGLERS: Final = 0.02  # four switch intervals of the interpreter
 _REST_AFTER_FAILURE: Final = 1.0
+# Loaded before there is a thread: a fork beside an import leaves the child with half a module, for ever.
+_NEEDED: Final = ("asyncio", "anyio._backends._asyncio", "encodings.idna", "importlib.readers", "importlib.resources._adapters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Barrier:
     """Somebody waits until the first *target* accepted calls are settled."""
 
     target: int
-    done: Future[None]
+    done: Future[bool]
 
 
 class Worker:
@@ -80,6 +83,9 @@ class Worker:
         flush_interval: float,
         on_start: Callable[[], None],
     ) -> None:
+        for module in _NEEDED:
+            with suppress(ImportError):
+                import_module(module)
         self._backlog, self._make_flusher, self._clock = backlog, make_flusher, clock
         self._on_start = on_start
         self._flush_interval = flush_interval
@@ -89,6 +95,7 @@ class Worker:
         """Set when the thread has ended what it had to do."""
         self.ident: int | None = None
         self._may_start = [True]
+        self._may_run = [True]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._last_moment = inf
         self._sealed: anyio.Event
@@ -114,14 +121,23 @@ class Worker:
         """Start the thread, once. Takes no lock: a signal handler may get here."""
         with suppress(IndexError):
             self._may_start.pop()  # atomic: of several callers one gets it
-            self._on_start()
-            _thread.start_new_thread(self._run, ())
+            try:
+                self._on_start()
+                _thread.start_new_thread(self._run, ())
+            except RuntimeError as error:  # no thread to be had: the next call, flush or close tries again
+                self._may_start.append(True)
+                get_logger().error("worker_not_started", error=str(error))
+            except BaseException:  # Ctrl-C in between; should the thread run all the same, a second one ends at once
+                self._may_start.append(True)
+                raise
 
     def wake(self) -> None:
         """Have the worker look around now; start it if need be."""
         self._woken = True
         if self._may_start:
             self.start()
+        if self.closed:
+            self._backlog.shut_gate()  # whoever wakes may have opened it, not knowing
         loop = self._loop
         if loop is not None:
             with suppress(RuntimeError):  # the loop has just closed: nobody needs waking
@@ -129,19 +145,24 @@ class Worker:
         if self.finished.done():
             self._backlog.abandon("closed")  # a call that overlapped with the very end of `close`
 
-    def barrier(self) -> Future[None]:
-        """Return a future that is done when every call accepted until now is settled."""
-        done: Future[None] = Future()
+    def barrier(self) -> Future[bool]:
+        """Return a future that is done when every call accepted until now is settled: `False` if some are lost."""
+        done: Future[bool] = Future()
         with self._backlog.lock:
             target = self._backlog.accepted
             if self._backlog.settled >= target:
-                done.set_result(None)
+                done.set_result(not self._lost)
                 return done
             self._barriers.append(Barrier(target, done))
         self.wake()
         if self.finished.done():
             self._release_barriers(everyone=True)
         return done
+
+    def leave(self, done: Future[bool]) -> None:
+        """Forget a barrier's future: nobody waits for it any more."""
+        with self._backlog.lock:
+            self._barriers = [barrier for barrier in self._barriers if barrier.done is not done]
 
     def stop(self, timeout: float) -> Future[DrainReport]:
         """Accept no more, drain for at most *timeout* seconds. Again: the earlier of the deadlines holds."""
@@ -169,6 +190,10 @@ class Worker:
     # -- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._may_run.pop()
+        except IndexError:
+            return
         self.ident = threading.get_ident()
         threading.current_thread().name = "tracker-daemon"
         self._flusher = flusher = self._make_flusher()
@@ -176,6 +201,8 @@ class Worker:
             try:
                 anyio.run(self._main, flusher, backend="asyncio")
             except BaseException as error:
+                if self.finished.done():  # 3.12 starts no thread while the interpreter ends; closing a loop takes one
+                    return
                 # Nothing may vanish with the thread: a fresh loop goes on with the same flusher, whose batch in
                 # hand keeps its identity.
                 get_logger().critical("worker_failed", error=repr(error), exc_info=error)
@@ -191,7 +218,7 @@ class Worker:
         self._release_barriers(everyone=True)
 
     async def _main(self, flusher: Flusher) -> None:
-        import asyncio  # noqa: PLC0415 - a trio program pays for this import in the worker's thread only
+        import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it
 
         loop = asyncio.get_running_loop()
         loop.set_default_executor(_LateExecutor())
@@ -222,6 +249,8 @@ class Worker:
             drained = backlog.drain(CHUNK)
             if not self.closed:
                 backlog.open_gate()
+                if self.closed:  # `stop` came in between
+                    backlog.shut_gate()
             self._release_barriers()
             self._seal_if_due(now, seen_empty)
             if backlog.queue:
@@ -308,8 +337,11 @@ class Worker:
             for barrier in reached:
                 self._barriers.remove(barrier)
         for barrier in reached:
-            if barrier.done.set_running_or_notify_cancel():
-                barrier.done.set_result(None)
+            barrier.done.set_result(not self._lost)
+
+    @property
+    def _lost(self) -> bool:
+        return self.closed and any(self._backlog.books().lost.values())
 
     def _report(self) -> DrainReport:
         now, before = self._backlog.books(), self._at_stop
@@ -340,5 +372,8 @@ class _LateExecutor(ThreadPoolExecutor):
             else:
                 future.set_result(result)
 
-        _thread.start_new_thread(job, ())
+        try:
+            _thread.start_new_thread(job, ())
+        except RuntimeError:  # 3.12 starts none while the interpreter ends: the worker itself waits for the answer
+            job()
         return future

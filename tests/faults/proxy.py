@@ -16,6 +16,8 @@ Rules:
    that the kernel already holds has been read, so a client's farewell never counts for the next run.
 4. Nothing is encrypted: SSLRequest and GSSENCRequest are answered "N" here and never reach the server.
 5. Memory is bounded: a message is streamed, and `contains` looks at its first 64 KiB.
+6. The proxy needs the interpreter's lock, so a client in the same process must not wait inside libpq while it
+   holds it: psycopg does so in `Connection.cancel` (use `cancel_safe`), `PGconn.connect` and a bare `get_result`.
 
 Its sockets live in a thread with an event loop of its own, so a test may use any loop or none. `fired`, `arm`,
 `settle` and `wait_fired` block the caller: they need no answer from the test's loop, yet hold it up.

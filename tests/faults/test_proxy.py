@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import select
 import socket
 import struct
-import tempfile
 import threading
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests.faults.proxy import (
     DIRECTIONS,
@@ -30,24 +29,18 @@ from tests.faults.proxy import (
     FaultProxy,
     Refuse,
 )
-from tracker_daemon.embedded import EmbeddedPostgres
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tracker_daemon.embedded import EmbeddedPostgres
 
 Connection = psycopg.Connection[Any]
 
 DEADLINE_S = 20.0
 MAX_RUNS = 200
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[EmbeddedPostgres]:
-    """The server of this module, in a folder that another user may be let into: pytest's own is closed."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with EmbeddedPostgres(Path(folder) / "pg", settings={"fsync": "off"}) as server:
-            yield server
+NAME = "through the proxy"
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -58,8 +51,8 @@ def socket_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
 
 @pytest.fixture
 def proxy(postgres: EmbeddedPostgres, tmp_path: Path) -> Iterator[FaultProxy]:
-    """A proxy on a Unix socket."""
-    with FaultProxy(postgres.conninfo, socket_dir=tmp_path) as proxy:
+    """A proxy on a Unix socket; the server knows its clients by their name."""
+    with FaultProxy(make_conninfo(postgres.conninfo, application_name=NAME), socket_dir=tmp_path) as proxy:
         yield proxy
 
 
@@ -108,6 +101,14 @@ def until(condition: Callable[[], bool], direct: Connection) -> None:
     pytest.fail("the condition did not come true in time")
 
 
+def backends(direct: Connection, state: str = "%") -> int:
+    """How many sessions the server has with clients of the proxy."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND coalesce(state, '') LIKE %s"
+    row = direct.execute(query, (NAME, state)).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 def open_through(proxy: FaultProxy) -> closing[Connection]:
     """An autocommit connection through the proxy."""
     return closing(psycopg.connect(proxy.conninfo, autocommit=True))
@@ -153,19 +154,24 @@ def insert_pipelined(conninfo: str, table: str) -> None:
 
 def copy_extended(conninfo: str, table: str) -> None:
     """A COPY in the extended protocol, where the server ignores the Sync before the data: all three rows or none."""
-    pgconn = psycopg.pq.PGconn.connect(conninfo.encode())
-    try:
-        pgconn.exec_params(f"COPY {table} FROM STDIN".encode(), None)
-        if pgconn.status == psycopg.pq.ConnStatus.OK:
+    with closing(psycopg.connect(conninfo, autocommit=True)) as conn:
+        pgconn = conn.pgconn
+        pgconn.send_query_params(f"COPY {table} FROM STDIN".encode(), None)
+        if (result := next_result(pgconn)) is not None and result.status == psycopg.pq.ExecStatus.COPY_IN:
             pgconn.put_copy_data(b"1\tcopied\n2\tcopied\n3\tcopied\n")
             pgconn.put_copy_end()
-            result = pgconn.get_result()
-            if result is None or result.status != psycopg.pq.ExecStatus.COMMAND_OK or pgconn.get_result() is not None:
-                raise psycopg.OperationalError(pgconn.error_message)
-        if pgconn.status != psycopg.pq.ConnStatus.OK:
-            raise psycopg.OperationalError(pgconn.error_message)
-    finally:
-        pgconn.finish()
+            result = next_result(pgconn)
+        if result is None or result.status != psycopg.pq.ExecStatus.COMMAND_OK or next_result(pgconn) is not None:
+            raise psycopg.OperationalError(pgconn.get_error_message())
+
+
+def next_result(pgconn: psycopg.pq.abc.PGconn) -> psycopg.pq.abc.PGresult | None:
+    """The next result; libpq's own wait would hold the interpreter's lock, which the proxy needs."""
+    pgconn.flush()
+    while pgconn.is_busy():
+        select.select([pgconn.socket], [], [], DEADLINE_S)
+        pgconn.consume_input()
+    return pgconn.get_result()
 
 
 WORKS = [insert_and_copy, insert_and_copy_async, insert_pipelined, copy_extended]
@@ -630,10 +636,10 @@ def test_frames_in_single_bytes(proxy: FaultProxy) -> None:
     sent = struct.pack("!I", len(startup)) + startup[4:]
     sent += b"Q" + struct.pack("!I", 4 + len(query)) + query
     sent += b"X" + struct.pack("!I", 4)
-    folder, port = (dict(pair.split("=") for pair in proxy.conninfo.split())[key] for key in ("host", "port"))
+    params = conninfo_to_dict(proxy.conninfo)
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(DEADLINE_S)
-        client.connect(f"{folder}/.s.PGSQL.{port}")
+        client.connect(f"{params['host']}/.s.PGSQL.{params['port']}")
         for byte in sent:
             client.send(bytes([byte]))
             proxy.settle()
@@ -649,8 +655,8 @@ def test_garbage(postgres: EmbeddedPostgres, sent: bytes) -> None:
     """What is not Postgres fails the test at the end instead of passing for a fault."""
     proxy = FaultProxy(postgres.conninfo)
     with pytest.raises(ExceptionGroup, match="the proxy failed"), proxy:  # noqa: PT012
-        port = int(dict(pair.split("=") for pair in proxy.conninfo.split())["port"])
-        with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as client:
+        port = conninfo_to_dict(proxy.conninfo)["port"]
+        with socket.create_connection(("127.0.0.1", int(port or 0)), DEADLINE_S) as client:
             client.sendall(sent)
             assert client.recv(1) == b""
 
@@ -666,9 +672,3 @@ def test_arguments() -> None:
     for conninfo in "dbname=postgres", "host=a,b":
         with pytest.raises(ValueError, match="exactly one"):
             FaultProxy(conninfo)
-
-
-def backends(direct: Connection, state: str = "%") -> int:
-    """How many other client sessions the server has."""
-    query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-    return int(value(direct, f"{query} AND coalesce(state, '') LIKE '{state}'"))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULTS: Final[dict[str, str | int]] = {
     "application_name": "tracker-daemon",
+    "client_encoding": "UTF8",
     "connect_timeout": 10,
     "keepalives_idle": 15,
     "keepalives_interval": 5,

@@ -1,23 +1,38 @@
-"""Deltas that the database will never take, kept with their reason."""
+"""Deltas that the database would not take, kept with their reason until somebody decides.
+
+Rules:
+1. A letter is written in the transaction of its batch: it is neither lost nor applied beside it.
+2. A retry takes the letter and merges its delta in one transaction: it is applied once, or stays.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from psycopg.types.json import Jsonb
+
+from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.postgres import encoding
 
 if TYPE_CHECKING:
     from tracker_daemon.batch import Batch
-    from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.postgres.session import Session
     from tracker_daemon.sink import DeadLetter
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 def _instant(at: int | None) -> str | None:
     return None if at is None else (_EPOCH + timedelta(microseconds=at)).isoformat()
+
+
+def _microseconds(text: str | None) -> int | None:
+    return None if text is None else (datetime.fromisoformat(text) - _EPOCH) // _MICROSECOND
 
 
 def as_json(delta: ThreadDelta) -> dict[str, Any]:
@@ -37,14 +52,23 @@ def as_json(delta: ThreadDelta) -> dict[str, Any]:
     }
 
 
+def from_json(value: dict[str, Any]) -> ThreadDelta:
+    """Return the delta that `as_json` wrote."""
+    delta = ThreadDelta(value["thread_id"], _microseconds(value["first_at"]) or 0)
+    delta.ensures, delta.turns, delta.resolves = value["ensures"], value["turns"], value["resolves"]
+    delta.tokens = int(value["tokens"])
+    delta.pay(Decimal(value["cost"]))
+    delta.agents = tuple(value["agents"])
+    delta.last_turn_at = _microseconds(value["last_turn_at"])
+    delta.resolution_type = value["resolution_type"]
+    delta.resolved_at = _microseconds(value["resolved_at"])
+    return delta
+
+
 async def bury(session: Session, batch: Batch, letters: list[DeadLetter]) -> None:
     """Store *letters* in the transaction of their batch."""
-    if not letters:
-        return
-    cursor = session.cursor()
-    await cursor.executemany(
-        session.statements["bury"],
-        [
+    if letters:
+        parameters = [
             {
                 "producer": batch.producer,
                 "lane": batch.lane,
@@ -55,5 +79,59 @@ async def bury(session: Session, batch: Batch, letters: list[DeadLetter]) -> Non
                 "error": letter.error,
             }
             for letter in letters
-        ],
-    )
+        ]
+        await session.cursor().executemany(session.statements["bury"], parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLetter:
+    """A row of `tracker_dead_letters`."""
+
+    producer: str
+    lane: int
+    sequence: int
+    thread_id: str
+    delta: dict[str, Any]
+    sqlstate: str
+    error: str
+    at: datetime
+
+
+async def stored(session: Session, thread_id: str | None, limit: int | None = None) -> list[StoredLetter]:
+    """Return the letters of one thread, or of all, oldest first."""
+    cursor = session.cursor()
+    await cursor.execute(session.statements["letters"], {"thread_id": thread_id, "limit": limit})
+    return [StoredLetter(str(row[0]), *row[1:]) for row in await cursor.fetchall()]
+
+
+async def retry(session: Session, thread_id: str | None) -> tuple[int, int]:
+    """Merge the letters of one thread, or of all, each in a transaction of its own; return (applied, refused again).
+
+    A letter that is refused again stays, with the new reason.
+    """
+    applied = refused = 0
+    for letter in await stored(session, thread_id):
+        key = {name: getattr(letter, name) for name in ("producer", "lane", "sequence", "thread_id")}
+        try:
+            async with session.connection.transaction():
+                cursor = session.cursor()
+                await cursor.execute(session.statements["take_letter"], key)
+                taken = await cursor.fetchone()
+                if taken is not None:
+                    await cursor.execute(session.statements["merge_arrays"], encoding.arrays([from_json(taken[0])]))
+        except psycopg.Error as error:
+            if session.connection.broken:
+                raise
+            refused += 1
+            reason = {"sqlstate": error.sqlstate or "", "error": " ".join(str(error).split())}
+            await session.connection.execute(session.statements["mark_letter"], {**key, **reason})
+        else:
+            applied += taken is not None
+    return applied, refused
+
+
+async def drop(session: Session, thread_id: str | None) -> int:
+    """Delete the letters of one thread, or of all; return how many."""
+    cursor = session.cursor()
+    await cursor.execute(session.statements["drop_letters"], {"thread_id": thread_id})
+    return cursor.rowcount

@@ -44,6 +44,7 @@ _BY_CLASS: Final[dict[str, FaultKind]] = {
     "53": "capacity",
     "57": "connection",
 }
+_ROW_REFUSED: Final = "ExecWithCheckOptions"
 # A connection that is refused has no SQLSTATE in libpq, only the server's words.
 _BY_WORDS: Final[tuple[tuple[str, FaultKind], ...]] = (
     ("read-only", "readonly"),
@@ -75,6 +76,8 @@ def kind_of(error: BaseException) -> FaultKind:
 
 def _kind_of_driver(error: psycopg.Error) -> FaultKind:
     state = error.sqlstate
+    if isinstance(error, psycopg.errors.InsufficientPrivilege) and error.diag.source_function == _ROW_REFUSED:
+        return "data"  # row-level security refuses this row, not the table
     if state:
         return _BY_STATE.get(state) or _BY_CLASS.get(state[:2], "other")
     if isinstance(error, psycopg.errors.ConnectionTimeout):

@@ -81,7 +81,9 @@ async def faults_of(connection: AsyncConnection[Any], schema: str, table: str) -
             elif columns[name] not in types:
                 found.append(f"column {schema}.{table}.{name} is {columns[name]}; it must be {' or '.join(types)}")
         if not found and not await _has_unique_thread_id(connection, schema, table):
-            found.append(f"table {schema}.{table} has no primary key or unique index on (thread_id) alone")
+            found.append(
+                f"table {schema}.{table} has no primary key or unique index, not deferrable, on (thread_id) alone"
+            )
     for name, needed in (("tracker_ledger", LEDGER_COLUMNS), ("tracker_dead_letters", DEAD_LETTER_COLUMNS)):
         columns = await _columns(connection, schema, name)
         if columns is None:
@@ -176,8 +178,9 @@ async def _has_unique_thread_id(connection: AsyncConnection[Any], schema: str, t
         "SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid"
         " JOIN pg_namespace n ON n.oid = c.relnamespace"
         " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]"
-        " WHERE n.nspname = %s AND c.relname = %s AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1"
-        " AND i.indpred IS NULL AND i.indexprs IS NULL AND a.attname = 'thread_id'",
+        " WHERE n.nspname = %s AND c.relname = %s AND i.indisunique AND i.indisvalid"
+        " AND i.indimmediate AND i.indnkeyatts = 1 AND i.indpred IS NULL AND i.indexprs IS NULL"
+        " AND a.attname = 'thread_id'",
         [schema, table],
     )
     return await cursor.fetchone() is not None

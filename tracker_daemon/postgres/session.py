@@ -16,6 +16,7 @@ import socket
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from psycopg import sql
 from psycopg.rows import tuple_row
 
 from tracker_daemon.postgres import schema
@@ -62,19 +63,30 @@ class Session:
         session = cls(await connector.connect())
         try:
             with session.deadline(timeout):
-                await session._look(*table, create_missing=create_missing)
+                await session._look(*table, create_missing=create_missing, timeout=timeout)
         except BaseException:
             await session.close()
             raise
         return session
 
-    async def _look(self, schema_name: str | None, table: str, *, create_missing: bool) -> None:
+    async def _look(
+        self,
+        schema_name: str | None,
+        table: str,
+        *,
+        create_missing: bool,
+        timeout: float,  # noqa: ASYNC109
+    ) -> None:
         cursor = self.cursor()
         await cursor.execute("SELECT pg_backend_pid()", prepare=False)
         row = await cursor.fetchone()
         self.pooled = row is None or row[0] != self.connection.info.backend_pid
         if self.pooled:
             self.connection.prepare_threshold = None
+        else:
+            # A server may default to SERIALIZABLE, under which the compare-and-set fails instead of waiting.
+            await self.connection.execute("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
+            await self.connection.execute(self.limits(timeout, local=False))
         found = await schema.find_schema(self.connection, schema_name, table)
         await schema.check(self.connection, found, table)
         self.statements = Statements(found, table, create_missing)
@@ -82,6 +94,17 @@ class Session:
     def cursor(self) -> psycopg.AsyncCursor[tuple[Any, ...]]:
         """Return a cursor whose rows are tuples, whatever the connection was configured for."""
         return self.connection.cursor(row_factory=tuple_row)
+
+    def limits(self, seconds: float, *, local: bool) -> sql.Composed:
+        """Return the statements that set the server's deadlines, for the session or for one transaction.
+
+        When the network goes in the middle, the server lets go of the ledger's row by them: the next try waits for it.
+        """
+        scope, whole = sql.SQL("LOCAL" if local else "SESSION"), max(1, round(seconds * 1_000))
+        return sql.SQL(
+            "SET {scope} statement_timeout = {whole}; SET {scope} lock_timeout = {half};"
+            " SET {scope} idle_in_transaction_session_timeout = {whole}"
+        ).format(scope=scope, whole=sql.Literal(whole), half=sql.Literal(max(1, whole // 2)))
 
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:

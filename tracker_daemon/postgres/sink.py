@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
 _COPY_BREATH: Final = 256
-_LOCK_TIMEOUT: Final = 0.5  # of the statement's
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 
@@ -163,25 +162,25 @@ class PostgresSink:
         return len(deltas) >= self._copy_from and not session.pooled and encoding.fits_stage(deltas)
 
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
-        connection, cursor = session.connection, session.cursor()
+        cursor = session.cursor()
         parameters = {**_key(batch), **encoding.arrays(batch.deltas)}
-        async with connection.pipeline():
+        if session.pooled:
             await self._begin(session)
-            await cursor.execute(session.statements["flush_arrays"], parameters)
-            await connection.execute("COMMIT")
-            row = await cursor.fetchone()
-        assert row is not None
+        # Else a transaction of its own: one round trip, and a peer that vanishes meanwhile leaves no lock behind.
+        await cursor.execute(session.statements["flush_arrays"], parameters)
+        row = await cursor.fetchone()
+        if session.pooled:
+            await session.connection.execute("COMMIT")
+        assert row is not None  # a SELECT of counts
         moved, sent, merged = row
         return self._applied(batch, sent, merged) if moved else await self._not_moved(session, batch)
 
     async def _flush_copy(self, session: Session, batch: Batch) -> Applied:
         connection, cursor = session.connection, session.cursor()
-        async with connection.pipeline():
-            await self._begin(session)
-            await connection.execute(session.statements["stage"])
-            await cursor.execute(session.statements["advance"], _key(batch))
-            moved = await cursor.fetchone()
-        if moved is None:
+        await self._begin(session)
+        await connection.execute(session.statements["stage"])
+        await cursor.execute(session.statements["advance"], _key(batch))
+        if await cursor.fetchone() is None:
             await connection.rollback()
             return await self._not_moved(session, batch)
         rows = encoding.StageRows()
@@ -191,21 +190,18 @@ class PostgresSink:
                 await copy.write_row(rows.row(delta))
                 if not number % _COPY_BREATH:
                     await anyio.lowlevel.checkpoint()  # lets go of the interpreter
-        async with connection.pipeline():
-            await cursor.execute(session.statements["merge_stage"], rows.parameters())
-            await connection.execute("COMMIT")
-            row = await cursor.fetchone()
-        assert row is not None
+        await cursor.execute(session.statements["merge_stage"], rows.parameters())
+        row = await cursor.fetchone()
+        await connection.execute("COMMIT")
+        assert row is not None  # a SELECT of counts
         return self._applied(batch, row[1], row[2])
 
     async def _begin(self, session: Session) -> None:
-        # Always explicit: behind a pooler a session's settings are another client's, and a server may default to
-        # SERIALIZABLE, under which the compare-and-set fails instead of waiting.
-        connection = session.connection
-        await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
-        timeout, lock = round(self._timeout * 1_000), round(self._timeout * 1_000 * _LOCK_TIMEOUT)
-        await connection.execute(f"SET LOCAL statement_timeout = {timeout}")
-        await connection.execute(f"SET LOCAL lock_timeout = {lock}")
+        # No pipeline: the server watches the time between two statements only after the Sync that ends each of them.
+        # In a pipeline that the network has cut in two it would hold the ledger's row for ever.
+        await session.connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        if session.pooled:
+            await session.connection.execute(session.limits(self._timeout, local=True))
 
     def _applied(self, batch: Batch, sent: int, merged: int, dead: tuple[DeadLetter, ...] = ()) -> Applied:
         return Applied(rows=merged, skipped=len(batch.deltas) - sent - len(dead), dead_letters=dead)

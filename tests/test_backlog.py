@@ -1,0 +1,370 @@
+"""The backlog against a dictionary: nothing lost, nothing twice, the bounds exact, the books true at every step."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections import Counter
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tracker_daemon.backlog import KINDS, Backlog, add
+from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.errors import QueueFull
+from tracker_daemon.front_door import FrontDoor, Refusals
+from tracker_daemon.sink import Applied, DeadLetter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tracker_daemon.backlog import Record
+
+THREADS = [f"t{number}" for number in range(8)]
+
+
+class Sleeper:
+    """A worker that only counts how often it is woken."""
+
+    closed = False
+    woken = 0
+
+    def wake(self) -> None:
+        """See `front_door.Worker`."""
+        self.woken += 1
+
+
+class Door(FrontDoor):
+    """The real front door before a backlog whose worker is the test."""
+
+    def __init__(self, backlog: Backlog, *, overflow: str = "raise") -> None:
+        self._backlog, self._worker, self._refusals = backlog, Sleeper(), Refusals()
+        self._raise, self._pid, self._agents = overflow == "raise", os.getpid(), {None: None}
+
+
+def summed(records: Iterable[Record]) -> ThreadDelta | None:
+    """Return the sum of calls on one thread, `None` of none."""
+    found: ThreadDelta | None = None
+    for record in records:
+        found = found or ThreadDelta(record[0], record[-1] // 1_000)
+        add(found, record)
+    return found
+
+
+def kinds(records: Iterable[Record]) -> Counter[str]:
+    """Count calls by kind."""
+    return Counter(KINDS[len(record)] for record in records)
+
+
+class Model(RuleBasedStateMachine):
+    """Calls in lists: those in the queue, those of the open window, those of each sealed batch, those settled."""
+
+    @initialize(
+        max_queue_size=st.sampled_from([1, 3, 6, 50]),
+        max_pending=st.sampled_from([1, 2, 4, 50]),
+        max_batch_size=st.integers(1, 3),
+        create_missing=st.booleans(),
+    )
+    def begin(self, **options: Any) -> None:
+        """Choose the bounds."""
+        self.options = options
+        self.backlog = Backlog(**options)
+        self.door = Door(self.backlog)
+        self.queue: list[Record] = []
+        self.window: list[Record] = []
+        self.sealed: list[dict[str, list[Record]]] = []
+        self.heads: list[tuple[tuple[ThreadDelta, ...], list[ThreadDelta]]] = []
+        self.applied, self.lost = Counter[str](), Counter[str]()
+        self.dead = Counter[str]()
+        self.order: list[Record] = []
+        self.open: set[int] = set()
+        self.skipped = self.rejected = 0
+
+    # -- what is expected --------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> list[Record]:
+        """The calls of all sealed batches."""
+        return [record for batch in self.sealed for records in batch.values() for record in records]
+
+    @property
+    def unsettled(self) -> list[Record]:
+        """Every call that is pending."""
+        return [*self.in_flight, *self.window, *self.queue]
+
+    def parts(self) -> Iterator[dict[str, list[Record]]]:
+        """Yield the open window's calls by thread; then those that follow an `ensure` behind other calls."""
+        whole: dict[str, list[Record]] = {}
+        followers: dict[str, list[Record]] = {}
+        for record in self.window:
+            thread_id = record[0]
+            earlier = whole.get(thread_id)
+            if not self.options["create_missing"] and earlier and len(earlier[0]) != 2:
+                if thread_id in followers or len(record) == 2:
+                    followers.setdefault(thread_id, []).append(record)
+                    continue
+            whole.setdefault(thread_id, []).append(record)
+        yield whole
+        yield followers
+
+    # -- what happens ------------------------------------------------------------------------------
+
+    def _call(self, thread_id: str, make: Any) -> None:
+        pending = {record[0] for record in self.unsettled}
+        bound = None
+        if len(self.queue) >= self.options["max_queue_size"]:
+            bound = "max_queue_size"
+        elif thread_id not in pending and len(pending) >= self.options["max_pending"]:
+            bound = "max_pending"
+        try:
+            assert make() is True
+        except QueueFull as full:
+            assert full.bound == bound
+            self.rejected += 1
+        else:
+            assert bound is None
+            record = self.backlog.queue[-1]
+            self.queue.append(record)
+            self.open.add(id(record))
+            self.order.append(record)
+
+    @rule(thread_id=st.sampled_from(THREADS))
+    def ensure(self, thread_id: str) -> None:
+        """A call."""
+        self._call(thread_id, lambda: self.door.ensure_conversation(thread_id))
+
+    @rule(thread_id=st.sampled_from(THREADS), agent=st.sampled_from([None, "a", "b"]), n=st.integers(-3, 3))
+    def turn(self, thread_id: str, agent: str | None, n: int) -> None:
+        """A call."""
+        self._call(thread_id, lambda: self.door.record_turn(thread_id, agent, n, n / 10))
+
+    @rule(thread_id=st.sampled_from(THREADS), resolution_type=st.sampled_from(["x", "y"]))
+    def resolve(self, thread_id: str, resolution_type: str) -> None:
+        """A call."""
+        self._call(thread_id, lambda: self.door.resolve(thread_id, resolution_type))
+
+    @rule(limit=st.integers(0, 5))
+    def drain(self, limit: int) -> None:
+        """The worker folds some calls; callers may come before it sets the gate."""
+        assert self.backlog.drain(limit) == min(limit, len(self.queue))
+        self.window += self.queue[:limit]
+        del self.queue[:limit]
+
+    @rule()
+    def open_gate(self) -> None:
+        """The worker sets the gate."""
+        self.backlog.open_gate()
+
+    @rule()
+    def shut_gate(self) -> None:
+        """The worker goes to sleep."""
+        self.backlog.shut_gate()
+
+    @precondition(lambda self: self.window and not self.sealed)
+    @rule()
+    def seal(self) -> None:
+        """The window ends."""
+        size = self.options["max_batch_size"]
+        for part in self.parts():
+            items = list(part.items())
+            self.sealed += [dict(items[i : i + size]) for i in range(0, len(items), size)]
+        self.window = []
+        self.backlog.seal()
+
+    @precondition(lambda self: self.sealed)
+    @rule(dead=st.lists(st.sampled_from(["overflow", "constraint"]), max_size=3), skipped=st.integers(0, 3))
+    def settle(self, dead: list[Any], skipped: int) -> None:
+        """The sink has the oldest batch, some of it as dead letters."""
+        batch = self.backlog.head()
+        assert batch is not None
+        letters = tuple(DeadLetter(delta, reason, "", "") for delta, reason in zip(batch, dead, strict=False))
+        calls = self.sealed.pop(0)
+        for number, records in enumerate(calls.values()):
+            if number < len(dead):
+                self.dead[dead[number]] += len(records)
+            else:
+                self.applied += kinds(records)
+            self.open -= {id(record) for record in records}
+        self.skipped += skipped
+        applied = Applied(rows=len(batch) - len(letters), skipped=skipped, dead_letters=letters)
+        self.backlog.settle(batch, applied)
+        self.backlog.settle(batch, applied)  # a second time: nothing
+        if not self.sealed:
+            assert self.backlog.settled == len(self.order) - len(self.queue) - len(self.window)
+
+    @rule(reason=st.sampled_from(["deadline", "closed"]))
+    def abandon(self, reason: str) -> None:
+        """The end: everything pending is lost, and counted."""
+        calls = self.unsettled
+        assert self.backlog.abandon(reason) == len(calls)
+        self.lost += Counter({reason: len(calls)}) if calls else Counter()
+        self.queue, self.window, self.sealed = [], [], []
+        self.open.clear()
+
+    # -- what holds --------------------------------------------------------------------------------
+
+    @invariant()
+    def books_are_true(self) -> None:
+        """Every number is the model's, and the calls add up."""
+        books, pending = self.backlog.books(), self.unsettled
+        assert sum(books.accepted.values()) == (
+            sum(books.applied.values())
+            + sum(books.dead_lettered.values())
+            + sum(books.lost.values())
+            + books.queue_calls
+        )
+        assert Counter(books.accepted) == kinds(self.order)
+        assert Counter(books.applied) == self.applied
+        assert Counter(books.dead_lettered) == self.dead
+        assert Counter(books.lost) == self.lost
+        assert books.queue_calls == len(pending)
+        assert books.threads == len({record[0] for record in pending})
+        assert books.rows_skipped == self.skipped
+        assert bool(books.oldest_at) == bool(pending)
+        assert books.oldest_at <= min((record[-1] for record in pending), default=0)
+        assert self.door._refusals.total == self.rejected
+        assert self.backlog.accepted == len(self.order)
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        """Neither bound is ever passed."""
+        assert len(self.backlog.queue) <= self.options["max_queue_size"]
+        assert len({record[0] for record in self.unsettled}) <= self.options["max_pending"]
+
+    @invariant()
+    def pending_is_true(self) -> None:
+        """`pending` is the sum of the thread's calls that are not settled."""
+        for thread_id in THREADS:
+            expected = summed(record for record in self.unsettled if record[0] == thread_id)
+            assert self.backlog.pending(thread_id) == expected
+
+    @invariant()
+    def barriers_are_true(self) -> None:
+        """Every call up to `settled`, in order of acceptance, is settled."""
+        settled = self.backlog.settled
+        assert not any(id(record) in self.open for record in self.order[:settled])
+        assert bool(self.open) or settled == len(self.order)
+
+    @invariant()
+    def batch_is_sealed(self) -> None:
+        """The oldest batch holds the calls that it was sealed with, each thread once, and not too many."""
+        batch = self.backlog.head()
+        assert (batch is not None) == bool(self.sealed) == self.backlog.in_flight
+        if batch is not None:
+            assert len({delta.thread_id for delta in batch}) == len(batch) <= self.options["max_batch_size"]
+            assert list(batch) == [summed(records) for records in self.sealed[0].values()]
+        assert self.backlog.window_threads == sum(map(len, self.parts()))
+        assert self.backlog.is_empty == (not self.unsettled)
+
+
+TestBacklog = Model.TestCase
+TestBacklog.__doc__ = "The state machine above."
+TestBacklog.settings = settings(
+    deadline=None,
+    database=None,
+    max_examples=100,
+    stateful_step_count=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+# -- explicit cases --------------------------------------------------------------------------------
+
+
+def backlog_of(**options: Any) -> Backlog:
+    """Return a backlog with room enough for most."""
+    defaults = {"max_queue_size": 100, "max_pending": 100, "max_batch_size": 100, "create_missing": True}
+    return Backlog(**{**defaults, **options})
+
+
+def test_calls_on_pending_threads_go_on() -> None:
+    """At the bound on threads, with the database away, calls on known threads are taken for ever; new ones never."""
+    backlog = backlog_of(max_pending=3)
+    door = Door(backlog, overflow="drop")
+    for round_ in range(50):
+        assert all(door.record_turn(f"t{number}", "a", 1) for number in range(3))
+        assert not door.ensure_conversation(f"new{round_}")
+        backlog.drain(2)
+        backlog.open_gate()
+        if round_ == 5:
+            backlog.drain(100)
+            backlog.seal()
+    assert backlog.books().threads == 3
+    assert sum(backlog.books().accepted.values()) == 150
+
+
+def test_the_gate_never_lets_in_more_than_there_is_room_for() -> None:
+    """A gate set with room, then a drain: what comes before the gate is set anew finds the room that is left."""
+    backlog = backlog_of(max_pending=10)
+    door = Door(backlog, overflow="drop")
+    backlog.open_gate()
+    accepted = 0
+    for number in range(40):
+        accepted += door.ensure_conversation(f"t{number}")
+        backlog.drain(1)
+    assert accepted == backlog.books().threads == 10
+
+
+def test_a_call_refused_wakes_the_worker() -> None:
+    """Whoever is refused, and whoever finds the gate shut, wakes the worker; an ordinary call does not."""
+    backlog = backlog_of(max_queue_size=2)
+    door = Door(backlog, overflow="drop")
+    door.ensure_conversation("a")
+    assert door._worker.woken == 1  # type: ignore[attr-defined]
+    door.ensure_conversation("b")
+    assert door._worker.woken == 1  # type: ignore[attr-defined]
+    assert not door.ensure_conversation("c")
+    assert door._worker.woken == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_from_four_threads(seed: int) -> None:
+    """Four threads call while a worker drains, seals and settles: every call once, the bound passed by four at most."""
+    bound, callers, each = 300, 4, 6_000
+    backlog = backlog_of(max_queue_size=1_000, max_pending=bound, max_batch_size=64)
+    door = Door(backlog, overflow="drop")
+    accepted = [Counter[str]() for _ in range(callers)]
+    start, most, applied = Event(), 0, Counter[str]()
+
+    def make_calls(number: int) -> None:
+        chance = random.Random(seed * 100 + number)
+        start.wait()
+        for _ in range(each):
+            thread_id = f"t{chance.randrange(5_000)}"
+            if door.record_turn(thread_id, None, 1, 0.1):
+                accepted[number][thread_id] += 1
+
+    threads = [Thread(target=make_calls, args=(number,)) for number in range(callers)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        start.set()
+        chance = random.Random(seed)
+        while any(thread.is_alive() for thread in threads) or not backlog.is_empty:
+            backlog.drain(chance.choice([1, 10, 1_000]))
+            most = max(most, backlog.books().threads)
+            backlog.open_gate()
+            if backlog.window_threads and not backlog.in_flight and chance.random() < 0.3:
+                backlog.seal()
+            if (batch := backlog.head()) and chance.random() < 0.5:
+                for delta in batch:
+                    applied[delta.thread_id] += delta.tokens
+                backlog.settle(batch, Applied(rows=len(batch)))
+    finally:
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    made = sum(accepted, Counter[str]())
+    assert applied == made
+    books = backlog.books()
+    assert books.accepted == books.applied == {"record_turn": made.total()}
+    assert door._refusals.total == callers * each - made.total()
+    assert door._refusals.total > 0, "the bound was never reached: the test shows nothing"
+    assert bound - 4 <= most <= bound + callers

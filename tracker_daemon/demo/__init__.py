@@ -1,0 +1,1 @@
+"""`tracker-daemon demo`: chat traffic through a `Tracker`, then every row compared with an independent count."""
