@@ -16,7 +16,7 @@ from tracker_daemon.embedded import free_port
 if TYPE_CHECKING:
     from pathlib import Path
 
-PASSWORD = "hunter2secret"
+PASSWORD = "hunter2secret"  # noqa: S105 - of nobody
 TABLES = {"conversations", "tracker_ledger", "tracker_dead_letters", "tracker_migrations"}
 
 
@@ -138,8 +138,7 @@ def test_read_only(empty_database: str) -> None:
         (f"postgresql://me:a@{PASSWORD}@localhost/chat", "%XX"),
         (f"postgresql://me:a/{PASSWORD}@localhost/chat", "%XX"),
         (f"postgresql://me:{PASSWORD}/b@localhost/chat", "%XX"),
-        (f"postgresql://me:{PASSWORD}?b@localhost/chat", "%XX"),
-        (f"postgresql://me:1?{PASSWORD}@localhost/chat", "not a Postgres URL"),
+        (f"postgresql://me:1/{PASSWORD}@localhost/chat", "%XX"),
         (f"postgresql://me:{PASSWORD}%zz@localhost/chat", "not a Postgres URL"),
         (f"mysql://me:{PASSWORD}@localhost/chat", "must begin with postgresql: or embedded:"),
         (f"host=localhost password={PASSWORD} {PASSWORD}=1", "not a Postgres URL"),
@@ -159,6 +158,7 @@ def test_wrong_url(url: str, fault: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
+        "postgresql://me:p?ss@127.0.0.1:1/chat",
         "postgresql://me:p%40ss@127.0.0.1:1,[::1]:1/chat",
         "postgresql:///chat?host=/nowhere&port=1",
         "host=127.0.0.1 port=1 password=a@b/c",

@@ -87,10 +87,10 @@ def test_close_again(trackers: Trackers) -> None:
 
 def test_close_of_one_never_used(trackers: Trackers) -> None:
     """A tracker without a call starts no thread to end."""
-    before = threading.active_count()
+    before = set(threading.enumerate())
     tracker = trackers(MemorySink())
     assert tracker.close() == DrainReport()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     assert tracker.record_turn("t") is False
 
 
@@ -460,7 +460,7 @@ def test_close_beside_calls_on_postgres(trackers: Trackers, database: str) -> No
     assert turns(database) == stats.applied
 
 
-@pytest.mark.parametrize("opens", ["open_gate", "admit"])
+@pytest.mark.parametrize("opens", ["open_gate", "enter"])
 def test_no_way_in_opens_after_close(trackers: Trackers, opens: str) -> None:
     """The worker or a caller that was about to let calls in when close came does not let them in after it."""
     tracker = trackers(GatedSink(), flush_interval=LONG)
@@ -483,7 +483,7 @@ def test_no_way_in_opens_after_close(trackers: Trackers, opens: str) -> None:
     setattr(backlog, opens, open_now)
     assert tracker.record_turn("t") is False
     stats = tracker.stats()
-    assert (stats.rejected, stats.pending) == (1, 0)
+    assert (stats.rejected, stats.pending) == (1 if opens == "open_gate" else 2, 0)
     assert balanced(stats)
 
 

@@ -6,7 +6,6 @@ by the drain at the exit.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -17,7 +16,7 @@ import httpx
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from tests.helpers import command, ledger, query, run_program, running, totals, turns, wait_until, watchdog
+from tests.helpers import command, ledger, query, run_program, running, turns, wait_until, watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,7 +147,7 @@ def test_os_exit(database: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed(database: str, number: signal.Signals) -> None:
-    """kill -9, and SIGTERM without a handler, lose what was not flushed, and nothing else."""
+    """SIGTERM without a handler and kill -9 lose what was not flushed, and nothing else."""
     with running(command("exit_routes.py", "killed", database)) as program:
         program.wait_for(ready=True)
         program.process.send_signal(number)

@@ -118,6 +118,8 @@ class Backlog:
         self.queue: deque[Record] = deque()
         self.gate = 0
         """Calls are appended without asking while the queue is shorter than this; 0 makes every call ask."""
+        self.closed = False
+        """Nothing is accepted any more."""
         self.lock = RLock()
         self.folded = 0
         """Calls taken off the queue, ever."""
@@ -128,41 +130,58 @@ class Backlog:
         self._batches: deque[tuple[ThreadDelta, ...]] = deque()
         self._sealed_at = 0
         self._threads = 0
-        self._newcomers: set[str] | None = None
+        self._turn = RLock()
+        self._waiting: set[str] | None = None
+        self._moves = self._new = 0
+        self._counted = -1
         self._totals = _Totals()
 
     # -- the calls' side: no lock ------------------------------------------------------------------
 
-    def admit(self, thread_id: str) -> str | None:
-        """Say whether one more call for *thread_id* fits: `None`, or the name of the bound that is reached."""
-        waiting = len(self.queue)
-        if waiting >= self.max_queue_size:
-            return "max_queue_size"
-        room = self.max_pending - self._threads
-        if waiting < room:
-            # Even if every waiting call were of a new thread, this one still fits.
-            self._set_gate(min(room, self.max_queue_size, max(NUDGE, 2 * waiting)))
-            return None
-        self.gate = 0
-        if thread_id in self._window or thread_id in self._sealed:
-            return None
-        return self._admit_newcomer(thread_id, room)
+    def enter(self, record: Record) -> str | None:
+        """Append one call if it fits; return `None`, or the name of the bound that is reached, or "closed".
 
-    def _admit_newcomer(self, thread_id: str, room: int) -> str | None:
-        newcomers = self._newcomers
-        if newcomers is None:
-            # Calls may have come by the gate since: look once which threads wait, then keep count here.
-            newcomers = self._newcomers = {
-                record[0]
-                for record in self.queue.copy()
-                if record[0] not in self._window and record[0] not in self._sealed
-            }
-        if thread_id in newcomers:
+        Callers take turns here, and none of them waits for the worker, which never takes this lock.
+        """
+        with self._turn:
+            waiting = len(self.queue)
+            if self.closed:
+                return "closed"
+            if waiting >= self.max_queue_size:
+                return "max_queue_size"
+            if waiting < self.max_pending - self._threads:
+                # Even if every waiting call were of a new thread, this one still fits.
+                self._waiting = None
+                # Raised under the lock alone, so that it never exceeds the room; who holds it raises the gate himself.
+                if self.lock.acquire(blocking=False):
+                    try:
+                        self._raise_gate(max(NUDGE, 2 * waiting))
+                    finally:
+                        self.lock.release()
+            elif not self._fits_near_the_bound(record[0]):
+                return "max_pending"
+            self.queue.append(record)
             return None
-        if len(newcomers) >= room:
-            return "max_pending"
-        newcomers.add(thread_id)
-        return None
+
+    def _fits_near_the_bound(self, thread_id: str) -> bool:
+        waiting, moves = self._waiting, self._moves
+        if self.gate or waiting is None:
+            # Calls may have come by the gate: look once which threads wait, then keep count here.
+            self.gate = 0
+            waiting = self._waiting = {record[0] for record in self.queue.copy()}
+            self._counted = -1
+        if self._counted != moves:
+            self._counted = moves
+            self._new = sum(not self._holds(name) for name in waiting)
+        if thread_id not in waiting and not self._holds(thread_id):
+            if self._new >= self.max_pending - self._threads:
+                return False
+            self._new += 1
+        waiting.add(thread_id)
+        return True
+
+    def _holds(self, thread_id: str) -> bool:
+        return thread_id in self._window or thread_id in self._sealed
 
     # -- the worker's side -------------------------------------------------------------------------
 
@@ -178,12 +197,20 @@ class Backlog:
                 queue.popleft()
                 folded[KINDS[len(record)]] += 1
             self.folded += count
-            self._newcomers = None
+            self._waiting = None
+            self._moves += 1
         return count
 
     def open_gate(self) -> None:
         """Let calls in without asking, as far as the bounds allow."""
-        self._set_gate(min(self.max_pending - self._threads, self.max_queue_size, NUDGE))
+        with self.lock:
+            self._raise_gate(NUDGE)
+
+    def close(self) -> None:
+        """Accept nothing more. The gate is raised under the lock alone, so it stays shut."""
+        with self._turn, self.lock:
+            self.closed = True
+            self.gate = 0
 
     def shut_gate(self) -> None:
         """Make the next call ask, which wakes the worker."""
@@ -227,13 +254,17 @@ class Backlog:
         with self.lock:
             if self.head() is not batch:
                 return  # given up at a deadline, and counted as lost there
+            released = 0
             for delta in self._batches.popleft():
-                self._release(delta)
+                released += self._release(delta)
                 if reason := dead.get(delta.thread_id):
                     self._totals.dead_lettered[reason] += delta.calls
                 else:
                     _count(self._totals.applied, delta)
             self._totals.rows_skipped += applied.skipped
+            # In this order: until the room grows, whoever counts finds the released threads that wait again.
+            self._moves += 1
+            self._threads -= released
             if not self._batches:
                 self.settled = self._sealed_at
                 self._sealed = Generation()
@@ -249,6 +280,8 @@ class Backlog:
             self._window, self._sealed = Generation(), Generation()
             self._batches.clear()
             self._threads = 0
+            self._waiting = None
+            self._moves += 1
             self.settled = self.folded
             return lost
 
@@ -290,9 +323,8 @@ class Backlog:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _set_gate(self, calls: int) -> None:
-        self.gate = calls
-        self._newcomers = None  # what comes by the gate is not counted there
+    def _raise_gate(self, calls: int) -> None:
+        self.gate = 0 if self.closed else max(0, min(calls, self.max_pending - self._threads, self.max_queue_size))
 
     def _fold(self, record: Record) -> None:
         thread_id = record[0]
@@ -305,7 +337,9 @@ class Backlog:
                 window.oldest_at = record[-1]
             if thread_id not in self._sealed:
                 self._threads += 1
-                self.gate = min(self.gate, self.max_pending - self._threads)
+                room = self.max_pending - self._threads
+                if self.gate > room:
+                    self.gate = room
             window.deltas[thread_id] = delta
         elif not self.create_missing and not delta.ensures:
             delta = self._follower(thread_id, delta, record)
@@ -317,12 +351,12 @@ class Backlog:
             followers[thread_id] = ThreadDelta(thread_id, record[-1] // 1_000)
         return followers.get(thread_id, delta)
 
-    def _release(self, delta: ThreadDelta) -> None:
+    def _release(self, delta: ThreadDelta) -> bool:
+        """Let go of a settled delta; say whether nothing more of its thread is held."""
         thread_id, sealed = delta.thread_id, self._sealed
         part = sealed.deltas if sealed.deltas.get(thread_id) is delta else sealed.followers
         del part[thread_id]
-        if thread_id not in sealed and thread_id not in self._window:
-            self._threads -= 1
+        return not self._holds(thread_id)
 
 
 def add(delta: ThreadDelta, record: Record) -> None:

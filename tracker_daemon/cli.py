@@ -137,11 +137,14 @@ def _database(context: click.Context, parameter: click.Parameter, value: str) ->
 
 
 def _badly_escaped(rest: str) -> bool:
-    """Tell whether part of a password would be taken for the host, port or database, and be shown in an error."""
-    authority, _, path = rest.removeprefix("//").partition("?")[0].partition("/")
-    hosts = authority.rpartition("@")[2]
-    ports = [host.rpartition("]")[2].partition(":")[2] for host in hosts.split(",")]
-    return authority.count("@") > 1 or "@" in path or any(port and not port.isdecimal() for port in ports)
+    """Tell whether libpq would take part of a password for the host, port or database, and show it in an error."""
+    # As libpq reads it: the user and password end at the first @, if that comes before the first slash.
+    text = rest.removeprefix("//")
+    user, at, after = text.partition("@")
+    location = (after if at and "/" not in user else text).partition("?")[0]
+    hosts = [re.sub(r"\[.*?(\]|$)", "", host) for host in location.partition("/")[0].split(",")]
+    ports = [host.partition(":")[2] for host in hosts]
+    return "@" in location or any(port and not port.isdecimal() for port in ports)
 
 
 def _table(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str | None, str]:
@@ -172,12 +175,12 @@ def _one_line() -> Iterator[None]:
 # -- the commands ----------------------------------------------------------------------------------
 
 
-@program.command()
+@program.command(short_help="Live chat traffic, then a verdict on every row.")
 @setting("--seconds", type=click.FloatRange(0.1, 3_600), default=10.0, help="How long the traffic lasts.")
 @setting("--rate", type=click.FloatRange(0, 1_000_000, min_open=True), default=20_000.0, help="Calls a second.")
 @setting("--threads", type=click.IntRange(1, 1_000_000), default=5_000, help="Distinct conversations.")
 def demo(seconds: float, rate: float, threads: int) -> None:
-    """Show it: live chat traffic on a Postgres of its own, then a verdict on every row.
+    """Drive live chat traffic on a Postgres of its own, then give a verdict on every row.
 
     Exits with 0 only if every row is exact and no call was refused or lost. Ctrl-C ends the traffic early.
     """

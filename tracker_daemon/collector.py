@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from threading import Lock
@@ -103,26 +104,22 @@ class TrackerCollector(Collector):
     """Exposes every tracker of one registry."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        self._alive: list[Source] = []
-        self._closed: list[Reading] = []
+        # One list for the living and the closed, changed by single steps: a signal handler may close a tracker in the
+        # middle of a scrape.
+        self._entries: list[Source | Reading] = []
 
     def add(self, source: Source) -> None:
         """Include *source* in every scrape."""
-        with self._lock:
-            self._alive.append(source)
+        self._entries.append(source)
 
     def retire(self, source: Source) -> None:
         """Keep what *source* has counted until now, and let go of it. Once, or without effect."""
-        with self._lock:
-            if source in self._alive:
-                self._alive.remove(source)
-                self._closed.append(source.reading())
+        with suppress(ValueError):
+            self._entries[self._entries.index(source)] = source.reading()
 
     def after_fork(self) -> None:
-        """In a fork's child: nothing of the parent's is counted here, and its lock may have been held."""
-        self._lock = Lock()
-        self._closed.clear()
+        """In a fork's child: nothing that the parent has closed is counted here."""
+        self._entries = [entry for entry in self._entries if not isinstance(entry, Reading)]
 
     def describe(self) -> Iterable[Metric]:
         """The names, for the registry to find duplicates."""
@@ -131,11 +128,9 @@ class TrackerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read everything once and yield the families."""
         total = _Sum()
-        with self._lock:
-            for reading in self._closed:
-                total.add(reading, alive=False)
-            for source in self._alive:
-                total.add(source.reading(), alive=True)
+        for entry in self._entries.copy():
+            closed = isinstance(entry, Reading)
+            total.add(entry if isinstance(entry, Reading) else entry.reading(), alive=not closed)
         yield from _families(total)
 
 

@@ -66,7 +66,9 @@ class FlushTimeout(TrackerError, TimeoutError):  # noqa: N818 - the name is the 
 
     def __str__(self) -> str:
         why = f"; last error: {self.last_error}" if self.last_error else ""
-        return f"{self.pending} calls are still pending after {self.waited:g} s and will be flushed later{why}"
+        if not self.pending:
+            return f"calls that were waited for were lost: the tracker was closed meanwhile{why}"
+        return f"after {self.waited:g} s {self.pending} calls are still pending{why}"
 
 
 class ConfigError(TrackerError, ValueError):

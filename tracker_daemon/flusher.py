@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
@@ -19,7 +20,7 @@ from tracker_daemon.backoff import PASSING, STANDING, Backoff
 from tracker_daemon.batch import Batch
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.logs import Rated, get_logger
-from tracker_daemon.sink import FaultKind, LedgerMissing, LedgerRegressed, Opened, SinkFault
+from tracker_daemon.sink import Applied, FaultKind, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from tracker_daemon.clock import Clock
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.flush_numbers import FlushNumbers
-    from tracker_daemon.sink import Applied, Sink
+    from tracker_daemon.sink import Sink
 
 _PLANS: Final[dict[FaultKind, Backoff]] = {
     "connection": PASSING,
@@ -74,15 +75,18 @@ class Flusher:
         self._backlog, self._sink, self._clock, self._numbers = backlog, sink, clock, numbers
         self._producer, self._on_error = producer, on_error
         self._position: Opened | None = None
-        self._log = get_logger().bind(producer=str(producer))
+        self._batch: Batch | None = None
+        self._log = get_logger()
         self._rated = Rated(clock)
         self._random = Random()  # noqa: S311 - jitter
         self._hurry: anyio.Event | None = None
+        self._hurried = False
         self.halted: BaseException | None = None
         """Why nothing is written any more, if so."""
 
     def hurry(self) -> None:
         """Cut a wait between two tries short: somebody waits, or the end is near."""
+        self._hurried = True
         if self._hurry is not None:
             self._hurry.set()
 
@@ -108,17 +112,22 @@ class Flusher:
         await self._sink.aclose(self._producer, self.lane, clean=clean and self.halted is None)
 
     async def _apply(self, deltas: tuple[ThreadDelta, ...]) -> None:
-        tries = 0
-        self._begin_anew_after_a_day()
+        tries = regressed = 0
         while True:
             try:
-                if self._position is None:
-                    self._position = await self._sink.open(self._producer, self.lane)
-                await self._send(self._position, deltas)
-            except LedgerRegressed as regressed:
+                batch = await self._identify(deltas)
+                started = self._clock.monotonic()
+                applied = await self._sink.apply(batch)
+                if not isinstance(applied, Applied):
+                    raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
+            except LedgerRegressed as error:
+                # Proof that the batch in hand is not there: it may take a new identity, under a new epoch.
+                self._batch = self._position = None
                 self._numbers.regressions += 1
-                self._position = None
-                self._tell(regressed, "database_forgot_commits", level="error", always=True)
+                self._tell(error, "database_forgot_commits", level="error", always=True)
+                regressed += 1
+                if regressed > 1:
+                    await self._wait_after(error, regressed)
             except (Fenced, LedgerMissing) as final:
                 self._numbers.fenced = True
                 self._count("other")
@@ -128,27 +137,30 @@ class Flusher:
                 tries += 1
                 await self._wait_after(error, tries)
             else:
-                if tries:
-                    self._log.info("flush_recovered", tries=tries)
-                return
+                break
+        self._backlog.settle(deltas, applied)
+        self._position, self._batch = Opened(batch.epoch, batch.sequence), None
+        self._hurried = False
+        self._record(applied, deltas, self._clock.monotonic() - started)
+        if tries:
+            self._say("info", "flush_recovered", tries=tries)
 
-    def _begin_anew_after_a_day(self) -> None:
-        """Take a new identity when the old one's ledger row may be collected soon; nothing is in doubt here."""
+    async def _identify(self, deltas: tuple[ThreadDelta, ...]) -> Batch:
+        """Return *deltas* under their identity, which they keep from the first try on."""
+        if self._batch is not None and self._batch.deltas is deltas:
+            return self._batch
         last = self._numbers.last_success
         if self._position is not None and last and self._clock.wall() - last > _DAY:
+            # The old identity's ledger row may be collected soon; nothing is in doubt under it.
             self._producer, self._position = uuid4(), None
+        if self._position is None:
+            self._position = await self._sink.open(self._producer, self.lane)
+        position = self._position
+        self._batch = Batch(self._producer, self.lane, position.epoch, position.applied_sequence + 1, deltas)
+        return self._batch
 
-    async def _send(self, position: Opened, deltas: tuple[ThreadDelta, ...]) -> None:
-        batch = Batch(self._producer, self.lane, position.epoch, position.applied_sequence + 1, deltas)
-        started = self._clock.monotonic()
-        applied = await self._sink.apply(batch)
-        now = self._clock.wall()
-        self._position = Opened(position.epoch, batch.sequence)
-        self._backlog.settle(deltas, applied)
-        self._record(applied, deltas, self._clock.monotonic() - started, now)
-
-    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float, now: float) -> None:
-        numbers = self._numbers
+    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float) -> None:
+        numbers, now = self._numbers, self._clock.wall()
         numbers.flushes["duplicate" if applied.duplicate else "ok"] += 1
         numbers.flush_seconds.observe(seconds)
         numbers.flush_rows.observe(len(deltas))
@@ -156,9 +168,10 @@ class Flusher:
         numbers.last_success = now
         numbers.last_error = None
         if applied.duplicate:
-            self._log.info("batch_was_applied_already", deltas=len(deltas))
+            self._say("info", "batch_was_applied_already", deltas=len(deltas))
         for letter in applied.dead_letters:
-            self._log.error(
+            self._say(
+                "error",
                 "dead_letter",
                 thread_id=letter.delta.thread_id,
                 calls=letter.delta.calls,
@@ -175,7 +188,8 @@ class Flusher:
         self._tell(error, "flush_failed", level="warning" if passing else "error", kind=kind, tries=tries)
         plan = PASSING if kind == "other" and tries <= _QUICK_TRIES_OF_OTHER else _PLANS[kind]
         hurry = self._hurry = anyio.Event()
-        await self._clock.wait(hurry, plan.wait(tries, self._random))
+        await self._clock.wait(hurry, 0.0 if self._hurried else plan.wait(tries, self._random))
+        self._hurried = False
 
     def _count(self, kind: FaultKind) -> None:
         self._numbers.errors[kind] += 1
@@ -185,13 +199,18 @@ class Flusher:
         rated = {} if always else self._rated.due(f"{event}:{fields.get('kind')}")
         if rated is not None:
             books = self._backlog.books()
-            getattr(self._log, level)(event, error=str(error), pending_calls=books.queue_calls, **fields, **rated)
+            self._say(level, event, error=str(error), pending_calls=books.queue_calls, **fields, **rated)
         if self._on_error is not None:
             try:
                 self._on_error(error)
             except Exception:
                 # The host's handler must not stop the flush.
-                self._log.exception("on_error_failed")
+                self._say("exception", "on_error_failed")
+
+    def _say(self, level: str, event: str, **fields: object) -> None:
+        # What the host's logging raises must not stop the flush, nor pass for an error of the sink.
+        with suppress(Exception):
+            getattr(self._log, level)(event, producer=str(self._producer), **fields)
 
 
 def kind_of(error: BaseException) -> FaultKind:

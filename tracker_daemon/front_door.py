@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from tracker_daemon import calls
 from tracker_daemon.errors import InvalidCall, QueueFull, TrackerClosed
+from tracker_daemon.logs import Rated, get_logger
 
 if TYPE_CHECKING:
     from tracker_daemon.backlog import Backlog, Record
+    from tracker_daemon.clock import Clock
 
 REJECTED_REASONS: Final = ("invalid", "full", "closed")
 _KNOWN_AGENTS: Final = 1_024
@@ -27,7 +29,10 @@ _KNOWN_AGENTS: Final = 1_024
 class Worker(Protocol):
     """What the door needs of whoever empties the queue."""
 
-    closed: bool
+    @property
+    def closed(self) -> bool:
+        """Whether no call is accepted any more."""
+        ...
 
     def wake(self) -> None:
         """Look at the queue now; start if need be."""
@@ -35,16 +40,23 @@ class Worker(Protocol):
 
 
 class Refusals:
-    """Counts refused calls by reason. Its lock is taken on refusal only, and by no one for longer than a count."""
+    """Counts refused calls by reason, and logs them at a bounded rate.
 
-    def __init__(self) -> None:
+    Its lock is taken on refusal only, and by no one for longer than a count.
+    """
+
+    def __init__(self, clock: Clock) -> None:
         self._lock = RLock()
+        self._rated = Rated(clock)
         self.counts = dict.fromkeys(REJECTED_REASONS, 0)
 
     def add(self, reason: str) -> None:
-        """Count one."""
+        """Count one. Who made an invalid call is told by the exception alone."""
         with self._lock:
             self.counts[reason] += 1
+            due = None if reason == "invalid" else self._rated.due(reason)
+        if due is not None:
+            get_logger().error("calls_rejected", reason=reason, **due)
 
     @property
     def total(self) -> int:
@@ -176,22 +188,20 @@ class FrontDoor:
         """Append a validated call, unless closed or full; see to it that a worker looks at it."""
         if os.getpid() != self._pid:
             self._after_fork()
-        if self._worker.closed:
+        bound = self._backlog.enter(record)
+        if bound == "closed":
             self._refusals.add("closed")
             if self._raise:
                 raise TrackerClosed
             return False
-        backlog = self._backlog
-        if bound := backlog.admit(record[0]):
-            self._refusals.add("full")
-            self._worker.wake()
-            if self._raise:
-                raise QueueFull(bound, getattr(backlog, bound))
-            return False
         # First the call, then the waking: the worker that looks finds it.
-        backlog.queue.append(record)
         self._worker.wake()
-        return True
+        if bound is None:
+            return True
+        self._refusals.add("full")
+        if self._raise:
+            raise QueueFull(bound, getattr(self._backlog, bound))
+        return False
 
     def _after_fork(self) -> None:
         raise NotImplementedError

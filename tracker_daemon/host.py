@@ -57,4 +57,5 @@ async def wait_shielded(future: Future[Any], timeout: float) -> bool:  # noqa: A
                 cancelled = error
     if cancelled is not None:
         raise cancelled
+    await anyio.lowlevel.checkpoint_if_cancelled()  # a scope's cancellation, which the shield held back
     return future.done()

@@ -134,7 +134,7 @@ class Tracker(FrontDoor):
         """Start a life: empty, with an identity of its own."""
         settings = self._settings
         self._producer = uuid4()
-        self._refusals = Refusals()
+        self._refusals = Refusals(self._clock)
         self._numbers = FlushNumbers()
         self._backlog = Backlog(
             max_queue_size=settings.max_queue_size,
@@ -278,7 +278,10 @@ class Tracker(FrontDoor):
     # -- looking in --------------------------------------------------------------------------------
 
     def pending(self, thread_id: str) -> ThreadDelta | None:
-        """Return what is not yet committed of *thread_id*, or `None`: database row + pending = the true total."""
+        """Return what is not yet committed of *thread_id*, or `None`: database row + pending = the true total.
+
+        A batch that was committed and whose answer was lost counts in both until the next try has found it.
+        """
         if os.getpid() != self._pid:
             self._after_fork()
         return self._backlog.pending(thread_id)
@@ -326,9 +329,12 @@ class Tracker(FrontDoor):
 
     def at_fork(self) -> None:
         """This is a fork's child: the parent's calls are the parent's."""
+        was_closed = self._worker.closed
         _inherited.append((self._worker, self._backlog))
         self._collector.after_fork()
         self._begin()
+        if was_closed:
+            self._worker.stop(0)
 
     def _after_fork(self) -> None:
         # A tracker not started yet, or a server that forks without Python's hooks.

@@ -43,7 +43,13 @@ _RESERVE: Final = 0.1
 _STRAGGLERS: Final = 0.02  # four switch intervals of the interpreter
 _REST_AFTER_FAILURE: Final = 1.0
 # Loaded before there is a thread: a fork beside an import leaves the child with half a module, for ever.
-_NEEDED: Final = ("asyncio", "anyio._backends._asyncio", "encodings.idna", "importlib.readers", "importlib.resources._adapters")
+_NEEDED: Final = (
+    "asyncio",
+    "anyio._backends._asyncio",
+    "encodings.idna",
+    "importlib.readers",
+    "importlib.resources._adapters",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,6 @@ class Worker:
         self._backlog, self._make_flusher, self._clock = backlog, make_flusher, clock
         self._on_start = on_start
         self._flush_interval = flush_interval
-        self.closed = False
-        """No call is accepted any more."""
         self.finished: Future[DrainReport] = Future()
         """Set when the thread has ended what it had to do."""
         self.ident: int | None = None
@@ -101,11 +105,16 @@ class Worker:
         self._sealed: anyio.Event
         self._at_stop: Books | None = None
         self._barriers: list[Barrier] = []
-        self._woken = False
+        self._woken = self._hurry = False
         self._event: anyio.Event | None = None
         self._flusher: Flusher | None = None
 
     # -- from any thread ---------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether no call is accepted any more."""
+        return self._backlog.closed
 
     @property
     def started(self) -> bool:
@@ -136,8 +145,6 @@ class Worker:
         self._woken = True
         if self._may_start:
             self.start()
-        if self.closed:
-            self._backlog.shut_gate()  # whoever wakes may have opened it, not knowing
         loop = self._loop
         if loop is not None:
             with suppress(RuntimeError):  # the loop has just closed: nobody needs waking
@@ -154,6 +161,7 @@ class Worker:
                 done.set_result(not self._lost)
                 return done
             self._barriers.append(Barrier(target, done))
+            self._hurry = True
         self.wake()
         if self.finished.done():
             self._release_barriers(everyone=True)
@@ -171,8 +179,8 @@ class Worker:
             self._last_moment = min(last_moment, self._last_moment)
             if self._at_stop is None:
                 self._at_stop = self._backlog.books()
-            self.closed = True
-            self._backlog.shut_gate()
+            self._backlog.close()
+            self._hurry = True
             unused = bool(self._may_start) and self._backlog.is_empty
             if unused:
                 self._may_start.clear()
@@ -246,12 +254,10 @@ class Worker:
             now = self._clock.monotonic()
             if idle_looks:
                 seen_empty = now
-            drained = backlog.drain(CHUNK)
-            if not self.closed:
-                backlog.open_gate()
-                if self.closed:  # `stop` came in between
-                    backlog.shut_gate()
-            self._release_barriers()
+            # Grown with the backlog: beside a busy host each chunk waits for the interpreter's switch interval.
+            drained = backlog.drain(max(CHUNK, len(backlog.queue) // 16))
+            backlog.open_gate()
+            self._release_barriers(everyone=self.halted is not None)
             self._seal_if_due(now, seen_empty)
             if backlog.queue:
                 await anyio.sleep(_BREATH)
@@ -302,7 +308,9 @@ class Worker:
         self._woken = True
         if self._event is not None:
             self._event.set()
-        if self._flusher is not None and (self._barriers or self.closed):
+        if self._flusher is not None and self._hurry:
+            # Once for each that waits: a call refused at a bound wakes as well, and must not defeat the backoff.
+            self._hurry = False
             self._flusher.hurry()
 
     async def _end(self, flusher: Flusher) -> None:
@@ -337,7 +345,7 @@ class Worker:
             for barrier in reached:
                 self._barriers.remove(barrier)
         for barrier in reached:
-            barrier.done.set_result(not self._lost)
+            barrier.done.set_result(self._backlog.settled >= barrier.target and not self._lost)
 
     @property
     def _lost(self) -> bool:

@@ -1,5 +1,6 @@
-"""One way a process ends, by name; says beforehand how many calls were accepted. No route closes the tracker itself
-unless its name says so.
+"""One way a process ends, by name; says beforehand how many calls were accepted.
+
+No route closes the tracker itself unless its name says so.
 
     python exit_routes.py ROUTE CONNINFO
 """
@@ -203,7 +204,7 @@ def forked_and_closed() -> None:
 
 def in_child(number: int) -> int:
     """Make calls in a child of `multiprocessing`: on the tracker it inherited, or on its own."""
-    global shared
+    global shared  # noqa: PLW0603 - what a fork inherits
     shared = shared or new_tracker()
     accepted = calls(shared, number)
     say("child", accepted=accepted)
@@ -214,7 +215,7 @@ shared: Tracker | None = None
 
 
 def _processes(method: str) -> None:
-    global shared
+    global shared  # noqa: PLW0603 - what a fork inherits
     shared = new_tracker()
     accepted = calls(shared, 100)
     context = multiprocessing.get_context(method)
@@ -259,7 +260,7 @@ def mp_child_fails() -> None:
 
 def mp_pool() -> None:
     """Workers of a `multiprocessing.Pool` that is closed and joined."""
-    global shared
+    global shared  # noqa: PLW0603 - what a fork inherits
     shared = new_tracker()
     pool = multiprocessing.get_context("fork").Pool(2)
     accepted = sum(pool.map(in_child, [50] * 6, chunksize=1))

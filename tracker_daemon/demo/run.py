@@ -21,6 +21,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -73,7 +74,10 @@ def run(
         server = EmbeddedPostgres(directory / "postgres")
         try:
             demo = _Demo(server.start(), shown, signals, seconds=seconds, rate=rate, threads=threads)
-            report = asyncio.run(demo.run(tamper))
+            try:
+                report = asyncio.run(demo.run(tamper))
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None
             signals.ignore()
             shown.report(report)
         finally:
@@ -97,6 +101,18 @@ class _Signals:
     def __init__(self) -> None:
         self.stop = threading.Event()
         self._next = self._end_demo
+        self._cancel: Callable[[], object] | None = None
+
+    @contextmanager
+    def cancelling(self) -> Iterator[None]:
+        """Have the end of the demo cancel the task that runs now: an exception would hit any task of the loop."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
+        try:
+            yield
+        finally:
+            self._cancel = None
 
     def traffic_begins(self) -> None:
         """From now on, the first signal ends the traffic only."""
@@ -113,8 +129,10 @@ class _Signals:
     def _end_demo(self) -> None:
         self._next = self._nothing
         self.stop.set()
-        logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # connections cut off are no news
-        raise KeyboardInterrupt
+        logging.disable()  # connections that are cut off are no news
+        if self._cancel is None:
+            raise KeyboardInterrupt
+        self._cancel()
 
     def _nothing(self) -> None:
         pass
@@ -127,6 +145,7 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        logging.disable(logging.NOTSET)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -154,6 +173,10 @@ class _Demo:
         self._looks: deque[_Look] = deque(maxlen=int(1 / _LOOK) + 1)
 
     async def run(self, tamper: Callable[[str], object] | None) -> Report:
+        with self._signals.cancelling():
+            return await self._run(tamper)
+
+    async def _run(self, tamper: Callable[[str], object] | None) -> Report:
         async with await Connector(self._conninfo).connect() as connection:
             server, client = await _settings(connection)
             await migrate(connection, None, _TABLE)

@@ -105,7 +105,11 @@ def _hint(error: BaseException) -> str:
 
 def dead_reason(error: BaseException) -> DeadReason:
     """Return the reason under which a delta that raised *error* is counted."""
-    state = getattr(error, "sqlstate", None) or ""
+    return reason_of_state(getattr(error, "sqlstate", None) or "")
+
+
+def reason_of_state(state: str) -> DeadReason:
+    """Return the reason for a SQLSTATE, "" for an error of the driver's own."""
     if state == "22003":
         return "overflow"
     if state.startswith("P0"):

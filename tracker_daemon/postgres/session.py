@@ -64,8 +64,10 @@ class Session:
         try:
             with session.deadline(timeout):
                 await session._look(*table, create_missing=create_missing, timeout=timeout)
-        except BaseException:
+        except BaseException as error:
             await session.close()
+            if session.overdue:
+                raise TimeoutError(f"no answer within {timeout:g} s") from error
             raise
         return session
 

@@ -62,8 +62,7 @@ class PostgresSink:
         self._first_timeout = self._timeout = statement_timeout
         self._copy_from = copy_from
         self._session: Session | None = None
-        self._opened: Opened | None = None
-        self._aborted = False
+        self._epochs: dict[tuple[UUID, int], int] = {}
 
     # -- the port ----------------------------------------------------------------------------------
 
@@ -72,15 +71,30 @@ class PostgresSink:
         session = await self._connected()
         try:
             with session.deadline(self._timeout):
-                cursor = session.cursor()
-                await cursor.execute(session.statements["collect"])
-                await cursor.execute(session.statements["open"], {"producer": producer, "lane": lane})
-                row = await cursor.fetchone()
+                await session.connection.execute(session.statements["collect"])
+                opened = await self._open(session, producer, lane)
+        except LedgerMissing:
+            raise
         except Exception as error:
             raise await self._failed(session, error, "opening the ledger") from error
-        assert row is not None
-        self._opened = Opened(*row)
-        return self._opened
+        self._epochs[producer, lane] = opened.epoch
+        return opened
+
+    async def _open(self, session: Session, producer: UUID, lane: int) -> Opened:
+        key = {"producer": producer, "lane": lane}
+        known = self._epochs.get((producer, lane), 0)
+        cursor = session.cursor()
+        while True:
+            await cursor.execute(session.statements["position"], key)
+            seen = await cursor.fetchone()
+            if seen is None and known:
+                raise LedgerMissing(str(producer), lane)
+            await cursor.execute(
+                session.statements["open"], {**key, "known": known, "seen": 0 if seen is None else seen[0]}
+            )
+            if (row := await cursor.fetchone()) is not None:
+                return Opened(*row)
+            # A late try of ours came in between: look again.
 
     async def apply(self, batch: Batch) -> Applied:
         """See `Sink.apply`."""
@@ -106,8 +120,9 @@ class PostgresSink:
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """See `Sink.aclose`."""
         session = self._session
-        if session is not None and clean and self._opened is not None:
-            key = {"producer": producer, "lane": lane, "epoch": self._opened.epoch}
+        epoch = self._epochs.get((producer, lane))
+        if session is not None and clean and epoch is not None:
+            key = {"producer": producer, "lane": lane, "epoch": epoch}
             try:
                 with session.deadline(_CLOSE_TIMEOUT):
                     await session.connection.execute(session.statements["close"], key)
@@ -141,7 +156,9 @@ class PostgresSink:
         await self._drop()
         if session.overdue:
             return SinkFault("timeout", f"{doing}: no answer within {self._timeout:g} s")
-        return faults.fault(error, doing)
+        fault = faults.fault(error, doing)
+        # Bad data is dealt with where it is found; here the connection was lost while that was done.
+        return SinkFault("connection", fault.message) if fault.kind == "data" and session.connection.broken else fault
 
     # -- one transaction ---------------------------------------------------------------------------
 
@@ -218,7 +235,14 @@ class PostgresSink:
         if epoch > batch.epoch or (epoch == batch.epoch and applied > batch.sequence):
             raise Fenced(producer, batch.lane, batch.epoch, epoch)
         if epoch == batch.epoch and applied == batch.sequence:
-            return Applied(rows=0, duplicate=True)
+            await cursor.execute(session.statements["letters_of_batch"], _key(batch))
+            letters = {thread_id: (state, text) for thread_id, state, text in await cursor.fetchall()}
+            dead = tuple(
+                DeadLetter(delta, faults.reason_of_state(letters[delta.thread_id][0]), *letters[delta.thread_id])
+                for delta in batch.deltas
+                if delta.thread_id in letters
+            )
+            return Applied(rows=0, duplicate=True, dead_letters=dead)
         raise LedgerRegressed(producer, batch.lane, batch.sequence - 1, applied)
 
     # -- bad data ----------------------------------------------------------------------------------

@@ -1,0 +1,180 @@
+"""Servers of a test's own, which it may kill: one alone, or a primary with a standby. And a stream of calls meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import psycopg
+
+from tests.helpers import query, wait_until
+from tracker_daemon.embedded import EmbeddedPostgres, server_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.digits import Digits
+    from tracker_daemon import Tracker
+    from tracker_daemon.batch import Batch
+    from tracker_daemon.sink import Applied, Opened, Sink
+
+PATIENT = {"max_connections": "50", "deadlock_timeout": "200ms"}
+
+
+@contextmanager
+def folder_for_servers() -> Iterator[Path]:
+    """A folder that the servers' user can reach, removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="tracker-faults-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def server(folder: Path, **settings: str) -> Iterator[EmbeddedPostgres]:
+    """Run a server that writes to the disk as in earnest, and may be killed."""
+    running = EmbeddedPostgres(folder, settings={**PATIENT, **settings}, port=0)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop("immediate")
+
+
+# -- a primary and its standby ---------------------------------------------------------------------
+
+
+def as_server(command: list[str]) -> None:
+    """Run *command* as the user that runs the servers."""
+    identity = server_identity()
+    as_user: dict[str, Any] = {}
+    if identity is not None:
+        as_user = {"user": identity[0], "group": identity[1], "extra_groups": []}
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, cwd="/", env={}, **as_user)
+    assert ended.returncode == 0, ended.stderr
+
+
+def own_directory(folder: Path) -> Path:
+    """Make *folder* one that `EmbeddedPostgres` takes for its own; return where its cluster goes."""
+    folder.mkdir(mode=0o711)
+    (folder / "postgres.lock").touch()
+    data = folder / "data"
+    data.mkdir(mode=0o700)
+    if identity := server_identity():
+        shutil.chown(data, *identity)
+    return data
+
+
+@contextmanager
+def standby_of(primary: EmbeddedPostgres, folder: Path) -> Iterator[EmbeddedPostgres]:
+    """Run an asynchronous streaming standby of *primary*, which follows it as soon as this returns."""
+    data = own_directory(folder)
+    program = str(primary.bin_directory / "pg_basebackup")
+    as_server([program, "-D", str(data), "-d", primary.conninfo, "-R", "-X", "stream", "-c", "fast", "--no-sync"])
+    with server(folder, fsync="off") as standby:
+        wait_until(lambda: receivers(standby), "streaming")
+        yield standby
+
+
+def receivers(standby: EmbeddedPostgres) -> int:
+    """Return how many processes receive the primary's log: one, or none."""
+    return len(query(standby.conninfo, "SELECT pid FROM pg_stat_wal_receiver WHERE status = 'streaming'"))
+
+
+def catch_up(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> None:
+    """Wait until the standby has what the primary has now."""
+    [(there,)] = query(primary.conninfo, "SELECT pg_current_wal_lsn()::text")
+    behind = f"SELECT pg_wal_lsn_diff('{there}', pg_last_wal_replay_lsn()) > 0"
+    wait_until(lambda: query(standby.conninfo, behind) == [(False,)], "the standby catching up")
+
+
+def cut_off(standby: EmbeddedPostgres) -> None:
+    """Have the standby receive no more from its primary."""
+    with psycopg.connect(standby.conninfo, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        connection.execute("SELECT pg_reload_conf()")
+    wait_until(lambda: not query(standby.conninfo, "SELECT pid FROM pg_stat_wal_receiver"), "the end of streaming")
+
+
+def promote(standby: EmbeddedPostgres) -> None:
+    """Make the standby a primary."""
+    assert query(standby.conninfo, "SELECT pg_promote()") == [(True,)]
+
+
+# -- calls, and what became of them ----------------------------------------------------------------
+
+
+class Stream:
+    """Makes calls in a thread of its own, for as long as the block: what breaks then breaks under load.
+
+    Every call's tokens are a digit of their own; the calls go round over *threads* threads, then over new ones.
+    """
+
+    def __init__(self, tracker: Tracker, digits: Digits, threads: int = 40, name: str = "s") -> None:
+        self._tracker, self._digits, self._threads, self._name = tracker, digits, threads, name
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="calls")
+        self.made = 0
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            round_, place = divmod(self.made, self._threads)
+            thread_id = f"{self._name}-{round_ // 31}-{place}"
+            assert self._tracker.record_turn(thread_id, "agent", self._digits.tokens(thread_id))
+            self.made += 1
+            self._stop.wait(0.0005)
+
+    def more(self, calls: int = 20) -> None:
+        """Wait until some more calls were made."""
+        wanted = self.made + calls
+        wait_until(lambda: self.made >= wanted, "more calls")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+class Recording:
+    """A sink in front of another: remembers what each batch held that was acknowledged, and with which answer."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.inner = sink
+        self.opened: list[Opened] = []
+        self.acknowledged: dict[tuple[int, int], dict[str, int]] = {}
+        """Tokens by thread, by epoch and sequence."""
+
+    async def open(self, producer: Any, lane: int) -> Opened:
+        """See `Sink.open`."""
+        opened = await self.inner.open(producer, lane)
+        self.opened.append(opened)
+        return opened
+
+    async def apply(self, batch: Batch) -> Applied:
+        """See `Sink.apply`."""
+        applied = await self.inner.apply(batch)
+        tokens = {delta.thread_id: delta.tokens for delta in batch.deltas}
+        self.acknowledged[batch.epoch, batch.sequence] = tokens
+        return applied
+
+    def abort(self) -> None:
+        """See `Sink.abort`."""
+        self.inner.abort()
+
+    async def aclose(self, producer: Any, lane: int, *, clean: bool) -> None:
+        """See `Sink.aclose`."""
+        await self.inner.aclose(producer, lane, clean=clean)
+
+    def after(self, epoch: int, sequence: int) -> list[dict[str, int]]:
+        """Return the batches of one epoch that were acknowledged after *sequence*."""
+        return [held for (e, s), held in self.acknowledged.items() if e == epoch and s > sequence]

@@ -1,0 +1,268 @@
+"""A sink in memory that honours the ledger, and whose every `open` and `apply` ends as its script says.
+
+Rules:
+1. An attempt takes effect whole or not at all, by the ledger's compare-and-set: at once, or late.
+2. Both coroutines pause before they do anything, at "open" and "apply" (see `manual_clock`); the outcome is taken from
+   the script when they are resumed. With an empty script they succeed.
+3. Every commit can be forgotten again, the last ones first, as by a failover to a standby that lagged.
+4. Like the Postgres sink, it forgets producers without a sign of life for a month, when anybody opens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar
+
+from tests.model.manual_clock import pause, run
+from tracker_daemon.errors import Fenced, SchemaError
+from tracker_daemon.memory_sink import MemoryRow, MemorySink
+from tracker_daemon.sink import (
+    FAULT_KINDS,
+    Applied,
+    DeadLetter,
+    FaultKind,
+    LedgerMissing,
+    LedgerRegressed,
+    Opened,
+    SinkFault,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from tests.model.manual_clock import ManualClock
+    from tracker_daemon.batch import Batch
+    from tracker_daemon.delta import ThreadDelta
+
+Fault: TypeAlias = Literal[FaultKind, "SchemaError", "RuntimeError"]
+FAULTS: Final[tuple[Fault, ...]] = (*FAULT_KINDS, "SchemaError", "RuntimeError")
+How: TypeAlias = Literal["done", "fails", "unanswered", "late", "cancelled", "cancelled_after"]
+Identity: TypeAlias = "tuple[UUID, int, int, int]"
+Answer = TypeVar("Answer", Opened, Applied)
+MONTH: Final = 30 * 86_400.0
+
+
+def identity(batch: Batch) -> Identity:
+    """Return what names *batch*."""
+    return (batch.producer, batch.lane, batch.epoch, batch.sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one attempt ends.
+
+    Attributes:
+        how: "done"; "fails" before anything; "unanswered": done, and the answer is lost; "late": lost on the way, and
+            done when it arrives; "cancelled" before anything; "cancelled_after" it was done.
+        fault: what is raised where there is no answer.
+        dead: the deltas that are dead letters: bit n says it of the batch's delta n.
+        first: what is late arrives just before this attempt.
+    """
+
+    how: How = "done"
+    fault: Fault = "connection"
+    dead: int = 0
+    first: bool = False
+
+
+DONE: Final = Outcome()
+
+
+def raised(fault: Fault) -> Exception:
+    """Return the exception of a fault."""
+    if fault == "SchemaError":
+        return SchemaError("table conversations has no column total_tokens")
+    if fault == "RuntimeError":
+        return RuntimeError("a bug in somebody's sink")
+    return SinkFault(fault, f"a fault of kind {fault}")
+
+
+def took_effect(answer: object) -> bool:
+    """Say whether an attempt with this answer changed the sink."""
+    return isinstance(answer, Opened) or (isinstance(answer, Applied) and not answer.duplicate)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    rows: dict[str, MemoryRow]
+    ledger: dict[tuple[UUID, int], Opened]
+    touched: dict[tuple[UUID, int], float]
+    applied: dict[Identity, Batch]
+    letters: dict[Identity, tuple[DeadLetter, ...]]
+    skipped: tuple[ThreadDelta, ...]
+
+
+class ScriptedSink(MemorySink):
+    """A `Sink` on *clock*'s time.
+
+    Attributes:
+        script: the outcomes of the next attempts.
+        opened, received: the producer of every `open`, the batch of every `apply`, in order.
+        answer: what the last attempt returned or raised.
+        applied: the batches in effect, by identity, as they were sent.
+        letters: the dead letters stored, by the identity of their batch.
+        skipped: the deltas skipped for want of a row.
+        late: attempts that have not arrived yet.
+        closed: the producer of every `aclose`, and whether it was clean.
+        collected: the producers forgotten by rule 4.
+        met: how often the remarkable things happened.
+    """
+
+    def __init__(self, clock: ManualClock, *, create_missing: bool = True) -> None:
+        super().__init__(create_missing=create_missing)
+        self._clock = clock
+        self.script: deque[Outcome] = deque()
+        self.opened: list[UUID] = []
+        self.received: list[Batch] = []
+        self.answer: Opened | Applied | BaseException | None = None
+        self.applied: dict[Identity, Batch] = {}
+        self.letters: dict[Identity, tuple[DeadLetter, ...]] = {}
+        self.skipped: tuple[ThreadDelta, ...] = ()
+        self.late: list[Callable[[], object]] = []
+        self.closed: list[tuple[UUID, bool]] = []
+        self.collected: set[UUID] = set()
+        self.aborts = 0
+        self.met = Counter[str]()
+        self._touched: dict[tuple[UUID, int], float] = {}
+        self._history = [self._state()]
+
+    # -- the port ----------------------------------------------------------------------------------
+
+    async def open(self, producer: UUID, lane: int) -> Opened:
+        """See `Sink.open`."""
+        self.opened.append(producer)
+        await pause("open")
+        return self._attempt(self._next(), lambda: self._open(producer, lane), "opens")
+
+    async def apply(self, batch: Batch) -> Applied:
+        """See `Sink.apply`."""
+        self.received.append(batch)
+        await pause("apply")
+        outcome = self._next()
+        return self._attempt(outcome, lambda: self._apply(batch, outcome.dead), "commits")
+
+    def abort(self) -> None:
+        """See `Sink.abort`: counted."""
+        self.aborts += 1
+
+    async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:  # noqa: ARG002 - the port's
+        """See `Sink.aclose`: noted."""
+        self.closed.append((producer, clean))
+
+    # -- what else happens to a database -----------------------------------------------------------
+
+    def arrive(self) -> None:
+        """What is late arrives."""
+        late, self.late = self.late, []
+        for attempt in late:
+            attempt()
+
+    def fail_over(self, commits: int) -> None:
+        """Forget the last *commits* commits, and everything under way with them."""
+        self.late.clear()
+        kept = max(1, len(self._history) - commits)
+        self.met["commits_forgotten"] += len(self._history) - kept
+        del self._history[kept:]
+        state = self._history[-1]
+        self.rows = {thread_id: replace(row) for thread_id, row in state.rows.items()}
+        self.ledger, self._touched = dict(state.ledger), dict(state.touched)
+        self.applied, self.letters, self.skipped = dict(state.applied), dict(state.letters), state.skipped
+
+    def remove_row(self, producer: UUID) -> None:
+        """Somebody deletes the ledger's row of *producer*, and nothing of it is under way."""
+        self.late.clear()
+        self.ledger.pop((producer, 0), None)
+        self._commit()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _next(self) -> Outcome:
+        outcome = self.script.popleft() if self.script else DONE
+        if outcome.first:
+            self.arrive()
+        return outcome
+
+    def _attempt(self, outcome: Outcome, do: Callable[[], Answer], what: str) -> Answer:
+        try:
+            answer = self._answer(outcome, do, what)
+        except BaseException as error:
+            self.answer = error
+            raise
+        self.answer = answer
+        return answer
+
+    def _answer(self, outcome: Outcome, do: Callable[[], Answer], what: str) -> Answer:
+        if outcome.how == "done":
+            return do()
+        if outcome.how == "late":
+            self.late.append(lambda: self._arrived(self._quietly(do), what))
+        if outcome.how in ("unanswered", "cancelled_after") and took_effect(self._quietly(do)):
+            self.met[f"ambiguous_{what}"] += 1
+        if outcome.how.startswith("cancelled"):
+            self.met["cancelled"] += 1
+            raise asyncio.CancelledError
+        self.met[f"{outcome.fault} faults"] += 1
+        raise raised(outcome.fault)
+
+    def _arrived(self, answer: object, what: str) -> None:
+        self.met[f"zombie_{what}" if took_effect(answer) else f"zombie_{what}_in_vain"] += 1
+
+    def _quietly(self, do: Callable[[], Answer]) -> Answer | None:
+        """Do it; whatever it would answer is not heard."""
+        try:
+            return do()
+        except (Fenced, LedgerMissing, LedgerRegressed):
+            return None
+
+    def _open(self, producer: UUID, lane: int) -> Opened:
+        self._collect()
+        opened = run(super().open(producer, lane))
+        self._commit((producer, lane))
+        return opened
+
+    def _apply(self, batch: Batch, dead: int) -> Applied:
+        name = identity(batch)
+        letters = tuple(
+            DeadLetter(delta, "overflow", "22003", "bigint out of range")
+            for number, delta in enumerate(batch.deltas)
+            if dead >> number & 1
+        )
+        kept = tuple(delta for number, delta in enumerate(batch.deltas) if not dead >> number & 1)
+        rows_before = set(self.rows)
+        try:
+            applied = run(super().apply(replace(batch, deltas=kept)))
+        except (Fenced, LedgerMissing, LedgerRegressed) as error:
+            self.met[type(error).__name__] += 1
+            raise
+        if applied.duplicate:
+            self.met["duplicates"] += 1
+            # It says so of an earlier try's letters, too: whoever settles the batch must know.
+            return replace(applied, dead_letters=self.letters.get(name, ()))
+        self.applied[name], self.letters[name] = batch, letters
+        if applied.skipped:
+            missing = (delta for delta in kept if delta.thread_id not in rows_before and not delta.ensures)
+            self.skipped += tuple(missing)
+        self.met["dead_letters"] += len(letters)
+        self.met["skipped"] += applied.skipped
+        self._commit((batch.producer, batch.lane))
+        return replace(applied, dead_letters=letters)
+
+    def _collect(self) -> None:
+        for key, at in list(self._touched.items()):
+            if key in self.ledger and self._clock.monotonic() - at > MONTH:
+                del self.ledger[key]
+                self.collected.add(key[0])
+
+    def _commit(self, key: tuple[UUID, int] | None = None) -> None:
+        if key is not None:
+            self._touched[key] = self._clock.monotonic()
+        self._history.append(self._state())
+
+    def _state(self) -> _State:
+        rows = {thread_id: replace(row) for thread_id, row in self.rows.items()}
+        return _State(
+            rows, dict(self.ledger), dict(self._touched), dict(self.applied), dict(self.letters), self.skipped
+        )

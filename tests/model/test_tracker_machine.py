@@ -1,0 +1,710 @@
+"""The real backlog and flusher, driven by hand against a sink whose every attempt ends as chosen, beside a model.
+
+The model knows of each life its calls that are pending, and of each thread the digits (see `tests.digits`) of the calls
+that are gone for a reason: lost with a life, forgotten by a failover. Every other digit stands once in the sink's rows,
+dead letters or skipped deltas, or once in a backlog, after every step; in both only while its batch is in doubt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.digits import CALLS_PER_THREAD, Digits
+from tests.model.manual_clock import START, Driven, ManualClock, run
+from tests.model.scripted_sink import DONE, FAULTS, MONTH, Outcome, ScriptedSink, identity
+from tracker_daemon.backlog import KINDS, Backlog
+from tracker_daemon.errors import Fenced, SchemaError
+from tracker_daemon.flush_numbers import FlushNumbers
+from tracker_daemon.flusher import Flusher
+from tracker_daemon.memory_sink import MemoryRow
+from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened, SinkFault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tracker_daemon.backlog import Record
+    from tracker_daemon.batch import Batch
+    from tracker_daemon.delta import ThreadDelta
+
+THREADS: Final = ("t0", "t1", "t2", "t3", "t4")
+DAY: Final = 86_400.0
+MOST_LIVES: Final = 3
+SEEDS: Final = Path(__file__).parents[1] / "seeds" / "tracker_machine.txt"
+PASSING: Final = ("connection", "timeout", "lock", "capacity", "readonly")
+MET = Counter[str]()
+"""What the machines of this process have met."""
+
+
+def longest_wait(kind: str, tries: int) -> tuple[float, float]:
+    """Return the least and the most seconds to wait after *tries* failures, the last one of *kind*."""
+    if kind in PASSING or (kind == "other" and tries <= 3):
+        return 0.0, min(5.0, 0.05 * 2 ** (tries - 1))
+    return 0.5, max(0.5, min(15.0, 1.0 * 2 ** (tries - 1)))
+
+
+def ones(number: int) -> set[int]:
+    """Return which digits of *number* are 1. The others are 0: nothing is counted twice."""
+    found, place = set[int](), 0
+    assert number >= 0
+    while number:
+        number, digit = divmod(number, 4)
+        assert digit < 2, f"call {place} is counted {digit} times"
+        if digit:
+            found.add(place)
+        place += 1
+    return found
+
+
+def disjoint(parts: Iterable[set[int]]) -> set[int]:
+    """Return the union of *parts*, of which no two share a digit."""
+    union = set[int]()
+    for part in parts:
+        assert not union & part, f"calls {union & part} are counted twice"
+        union |= part
+    return union
+
+
+class Life:
+    """One process: a backlog, a flusher, and what the model expects of them.
+
+    Attributes:
+        flushing: the flush under way, if any.
+        pending: calls by thread, of those that are not settled.
+        errors: what the sink has raised, as `on_error` must have been told.
+        position: where the ledger was when it last answered; `None`: the next thing is `open`.
+        in_hand: the deltas sent and not yet settled.
+        tries: failures since the flush of this batch began, or began again.
+    """
+
+    def __init__(self, sink: ScriptedSink, clock: ManualClock, options: dict[str, Any], producer: UUID) -> None:
+        self.sink, self.clock = sink, clock
+        self.backlog, self.numbers = Backlog(**options), FlushNumbers()
+        self.told: list[BaseException] = []
+        self.flusher = Flusher(self.backlog, sink, clock, self.numbers, producer, self.told.append)
+        self.flusher._random = Random(0)
+        self.flushing: Driven | None = None
+        self.closed = False
+        self.halted: BaseException | None = None
+        self.pending = Counter[str]()
+        self.accepted, self.applied, self.dead, self.lost = (Counter[str]() for _ in range(4))
+        self.flushes, self.kinds = Counter[str](), Counter[str]()
+        self.regressions = self.skipped = 0
+        self.errors: list[BaseException] = []
+        self.last_error: BaseException | None = None
+        self.producer, self.position = producer, None
+        self.opened_since_success = False
+        self.last_success = 0.0
+        self.in_hand: tuple[ThreadDelta, ...] | None = None
+        self.sent_at = 0.0
+        self.tries = self.regressions_in_a_row = 0
+        self.hurried = False
+
+    # -- driving -----------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> bool:
+        """Whether a flush is under way."""
+        return self.flushing is not None and self.flushing.at is not None
+
+    def start(self) -> None:
+        """Begin a flush; a life that was halted sends nothing."""
+        before = len(self.sink.received), len(self.sink.opened)
+        self.tries = 0
+        self.flushing = Driven(self.flusher.flush())
+        self.look()
+        if self.halted is not None:
+            assert not self.runs
+            assert before == (len(self.sink.received), len(self.sink.opened)), "sent after the end"
+
+    def step(self, outcome: Outcome = DONE) -> None:
+        """Let the flush under way go on from where it stands; an attempt there ends as *outcome*."""
+        driven = self.flushing
+        assert driven is not None
+        at, now = driven.at, self.clock.monotonic()
+        if at == "wait":
+            driven.resume()
+            if self.hurried:
+                assert self.clock.monotonic() == now, "the wait was not cut short"
+            self.hurried = False
+        else:
+            self.sink.script.append(outcome)
+            with suppress(asyncio.CancelledError):
+                driven.resume()
+            self._answered(at, self.sink.answer)
+        self.look()
+
+    def hurry(self) -> None:
+        """Cut the wait short."""
+        assert self.flushing is not None
+        self.flusher.hurry()
+        self.hurried = self.flushing.at == "wait"
+
+    def drain_and_flush(self, outcomes: Iterable[Outcome] = ()) -> None:
+        """Empty the backlog; the first attempts end as *outcomes*, the others succeed."""
+        script = iter(outcomes)
+        while not self.backlog.is_empty and self.halted is None:
+            if not self.runs:
+                self.backlog.drain(1_000)
+                if not self.backlog.in_flight:
+                    self.backlog.seal()
+                self.start()
+            while self.runs:
+                self.step(DONE if self.flushing.at == "wait" else next(script, DONE))  # type: ignore[union-attr]
+
+    # -- what is expected --------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Check where the flush stands now."""
+        at = self.flushing.at if self.flushing is not None else None
+        if at == "open":
+            self._look_at_open()
+        elif at == "apply":
+            self._look_at_batch(self.sink.received[-1])
+        elif at is None:
+            assert self.flusher.halted is self.halted
+            assert self.halted or self.last_answer_cancelled or not self.backlog.in_flight
+
+    @property
+    def last_answer_cancelled(self) -> bool:
+        """Whether the last flush ended by a cancellation."""
+        return isinstance(self.sink.answer, asyncio.CancelledError)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the identity has not been used for more than a day, as far as this process knows."""
+        return bool(self.last_success) and self.clock.wall() - self.last_success > DAY
+
+    def _look_at_open(self) -> None:
+        producer = self.sink.opened[-1]
+        if self.position is not None:
+            assert self.is_old, "opened again for nothing"
+            assert self.backlog.head() is not self.in_hand, "a batch in doubt takes a new identity"
+            assert producer != self.producer
+            MET["renewals"] += 1
+            self.position = None
+        # An identity is kept or is entirely new.
+        assert producer == self.producer or (producer, 0) not in self.sink.ledger
+        self.producer = producer
+
+    def _look_at_batch(self, batch: Batch) -> None:
+        position = self.position
+        assert position is not None, "sent without having opened"
+        assert identity(batch) == (self.producer, 0, position.epoch, position.applied_sequence + 1)
+        if self.closed:
+            return
+        assert batch.deltas is self.backlog.head()
+        if batch.deltas is not self.in_hand:
+            assert not self.is_old or self.opened_since_success
+            self.in_hand, self.sent_at = batch.deltas, self.clock.monotonic()
+
+    def _answered(self, at: str | None, answer: object) -> None:
+        if isinstance(answer, Opened):
+            self.position, self.opened_since_success = answer, True
+        elif isinstance(answer, Applied):
+            self._applied(answer)
+        elif isinstance(answer, LedgerRegressed):
+            self.position = None
+            self.regressions += 1
+            self._failed(answer)
+        elif isinstance(answer, Fenced | LedgerMissing):
+            self.halted = answer
+            self.kinds["other"] += 1
+            self._failed(answer)
+            if isinstance(answer, LedgerMissing) and self.producer in self.sink.collected:
+                assert self.clock.monotonic() - self.sent_at > MONTH - 2 * DAY, "halted by idleness alone"
+        elif isinstance(answer, Exception):
+            self._look_at_wait(at, answer)
+
+    def _applied(self, applied: Applied) -> None:
+        assert self.position is not None
+        self.position = Opened(self.position.epoch, self.position.applied_sequence + 1)
+        self.last_success, self.last_error = self.clock.wall(), None
+        self.opened_since_success = False
+        self.flushes["duplicate" if applied.duplicate else "ok"] += 1
+        self.tries = 0
+        deltas, self.in_hand = self.in_hand, None
+        if deltas is None:
+            return  # given up meanwhile
+        dead = {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}
+        for delta in deltas:
+            self.pending[delta.thread_id] -= delta.calls
+            if delta.thread_id in dead:
+                self.dead[dead[delta.thread_id]] += delta.calls
+            else:
+                self.applied += Counter(
+                    ensure_conversation=delta.ensures, record_turn=delta.turns, resolve=delta.resolves
+                )
+        self.skipped += applied.skipped
+
+    def _failed(self, error: BaseException) -> None:
+        self.errors.append(error)
+        self.last_error = error
+
+    def _look_at_wait(self, at: str | None, error: Exception) -> None:
+        self._failed(error)
+        self.tries += 1
+        kind = error.kind if isinstance(error, SinkFault) else "schema" if isinstance(error, SchemaError) else "other"
+        self.kinds[kind] += 1
+        self.flushes["retry" if kind in PASSING else "error"] += 1
+        assert self.flushing is not None
+        assert self.flushing.at == "wait", f"{at} goes on without a wait"
+        least, most = longest_wait(kind, self.tries)
+        seconds = self.clock.waits[-1]
+        assert seconds is not None
+        assert least <= seconds <= most, (kind, self.tries, seconds)
+
+    def abandoned(self, reason: str) -> None:
+        """Everything pending was given up."""
+        if calls := self.pending.total():
+            self.lost[reason] += calls
+        self.pending.clear()
+        self.in_hand = None
+        self.closed = True
+
+    @property
+    def in_effect(self) -> Batch | None:
+        """The batch that the sink has and the backlog does not know of."""
+        head = self.backlog.head()
+        return next((batch for batch in self.sink.applied.values() if batch.deltas is head), None)
+
+    def check(self) -> None:
+        """Compare the books and the numbers."""
+        books, numbers = self.backlog.books(), self.numbers
+        assert sum(books.accepted.values()) == (
+            sum(books.applied.values())
+            + sum(books.dead_lettered.values())
+            + sum(books.lost.values())
+            + books.queue_calls
+        )
+        assert Counter(books.accepted) == self.accepted
+        assert Counter(books.applied) == self.applied
+        assert Counter(books.dead_lettered) == self.dead
+        assert Counter(books.lost) == self.lost
+        assert books.queue_calls == self.pending.total()
+        assert books.threads == len(+self.pending)
+        assert bool(books.oldest_at) == bool(books.queue_calls)
+        assert books.rows_skipped == self.skipped
+        assert numbers.regressions == self.regressions
+        assert numbers.flushes == self.flushes
+        assert numbers.errors == self.kinds
+        assert numbers.fenced == (self.halted is not None)
+        assert numbers.last_error is self.last_error
+        assert numbers.last_success == self.last_success
+        assert len(self.told) == len(self.errors)
+        assert all(map(lambda told, error: told is error, self.told, self.errors))
+
+
+OUTCOMES = st.builds(
+    Outcome,
+    how=st.sampled_from(
+        ["done", "done", "fails", "unanswered", "unanswered", "late", "late", "cancelled", "cancelled_after"]
+    ),
+    fault=st.sampled_from(FAULTS),
+    dead=st.sampled_from([0, 0, 0, 1, 2, 3]),
+    first=st.booleans(),
+)
+LIFE = st.integers(0, MOST_LIVES - 1)
+
+
+class TrackerMachine(RuleBasedStateMachine):
+    """Lives that share one sink; see the module."""
+
+    @initialize(
+        max_batch_size=st.integers(1, 3),
+        create_missing=st.sampled_from([True, True, True, False]),
+        clones=st.sampled_from([False, False, False, True]),
+    )
+    def begin(self, *, clones: bool, **options: Any) -> None:
+        """Choose the bounds, and begin the first life.
+
+        *clones*: whether lives share an identity; then the ledger forgets nothing, as epochs would come again.
+        """
+        self.clones = clones
+        self.options = {"max_queue_size": 1_000, "max_pending": 1_000, **options}
+        self.clock = ManualClock()
+        self.sink = ScriptedSink(self.clock, create_missing=options["create_missing"])
+        self.digits = Digits()
+        self.calls: dict[str, list[Record]] = {thread_id: [] for thread_id in THREADS}
+        self.gone: dict[str, set[int]] = {thread_id: set() for thread_id in THREADS}
+        self.lost: dict[str, set[int]] = {thread_id: set() for thread_id in THREADS}
+        self.hit: set[str] = set()
+        self.ticks = 0
+        self.lives: list[Life] = []
+        self.ended: list[Life] = []
+        self._new_life(uuid4())
+
+    def _new_life(self, producer: UUID) -> Life:
+        life = Life(self.sink, self.clock, self.options, producer)
+        self.lives.append(life)
+        return life
+
+    def _life(self, number: int) -> Life:
+        return self.lives[number % len(self.lives)]
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def _call(self, life: Life, kind: str, thread_id: str) -> None:
+        self.ticks += 1
+        at = int(START * 1e6 + self.ticks) * 1_000  # ever later, so that nothing hangs on a tie
+        made = self.digits.made.get(thread_id, 0)
+        record: Record
+        if kind == "turn" and made < CALLS_PER_THREAD:
+            record = (thread_id, f"a{made % 3}", self.digits.tokens(thread_id), 0.1, at)
+        elif kind == "resolve":
+            record = (thread_id, f"r{self.ticks}", at)
+        else:
+            record = (thread_id, at)
+        assert life.backlog.enter(record) is None
+        life.accepted[KINDS[len(record)]] += 1
+        life.pending[thread_id] += 1
+        self.calls[thread_id].append(record)
+
+    @precondition(lambda self: any(not life.closed for life in self.lives))
+    @rule(
+        number=LIFE,
+        calls=st.lists(
+            st.tuples(st.sampled_from(["turn", "turn", "ensure", "resolve"]), st.sampled_from(THREADS)),
+            min_size=1,
+            max_size=6,
+        ),
+    )
+    def call(self, number: int, calls: list[tuple[str, str]]) -> None:
+        """Some calls."""
+        for kind, thread_id in calls:
+            if not self._life(number).closed:
+                self._call(self._life(number), kind, thread_id)
+
+    # -- the worker --------------------------------------------------------------------------------
+
+    @precondition(lambda self: any(life.backlog.queue for life in self.lives))
+    @rule(number=LIFE, limit=st.integers(1, 5), seal=st.booleans())
+    def drain(self, number: int, limit: int, seal: bool) -> None:
+        """The worker takes calls off the queue, and may end the window."""
+        life = self._life(number)
+        life.backlog.drain(limit)
+        if seal and not life.backlog.in_flight:
+            life.backlog.seal()
+
+    @precondition(lambda self: any(life.pending.total() or life.runs for life in self.lives))
+    @rule(number=LIFE, script=st.lists(OUTCOMES, max_size=5))
+    def flush(self, number: int, script: list[Outcome]) -> None:
+        """A flush begins or goes on; its attempts end by the script, and then it stands where it stands."""
+        life = self._life(number)
+        if not life.runs:
+            life.backlog.drain(1_000)
+            if not life.backlog.in_flight:
+                life.backlog.seal()
+            life.start()
+        for outcome in script:
+            if life.runs and life.flushing.at == "wait":  # type: ignore[union-attr]
+                life.step()
+            if life.runs:
+                life.step(outcome)
+
+    @precondition(lambda self: any(life.runs for life in self.lives))
+    @rule(number=LIFE, outcome=OUTCOMES)
+    def step(self, number: int, outcome: Outcome) -> None:
+        """A flush goes on by one step."""
+        if self._life(number).runs:
+            self._life(number).step(outcome)
+
+    @precondition(lambda self: any(life.pending.total() for life in self.lives))
+    @rule(number=LIFE)
+    def flush_all(self, number: int) -> None:
+        """The sink works: everything goes through."""
+        life = self._life(number)
+        life.drain_and_flush()
+        assert life.halted or not life.pending.total()
+
+    @precondition(lambda self: any(life.runs and life.flushing.at == "wait" for life in self.lives))
+    @rule(number=LIFE)
+    def hurry(self, number: int) -> None:
+        """Somebody waits: the next try comes at once."""
+        life = self._life(number)
+        if life.runs:
+            life.hurry()
+            if life.hurried:
+                life.step()
+
+    # -- what happens to the database ---------------------------------------------------------------
+
+    @precondition(lambda self: self.sink.late)
+    @rule()
+    def arrive(self) -> None:
+        """What was late arrives."""
+        self.sink.arrive()
+
+    @precondition(lambda self: not self.clones)
+    @rule(commits=st.integers(1, 4))
+    def fail_over(self, commits: int) -> None:
+        """The database forgets its last commits."""
+        before = {thread_id: self._held(thread_id) for thread_id in THREADS}
+        applied = dict(self.sink.applied)
+        self.sink.fail_over(commits)
+        heads = [life.backlog.head() for life in self.lives]
+        for name, batch in applied.items():
+            if self.sink.applied.get(name) is not batch and not any(batch.deltas is head for head in heads):
+                self.hit.update(delta.thread_id for delta in batch.deltas)
+        for thread_id in THREADS:
+            vanished = before[thread_id] - self._held(thread_id)
+            self.gone[thread_id] |= vanished - self._pending(thread_id)
+
+    @precondition(lambda self: self.sink.ledger and not self.clones)
+    @rule(number=LIFE, really=st.sampled_from([False, False, True]))
+    def remove_row(self, number: int, really: bool) -> None:
+        """Somebody deletes a row of the ledger."""
+        if really:
+            self.sink.remove_row(self._life(number).producer)
+
+    # -- what happens to processes -----------------------------------------------------------------
+
+    def _lose(self, life: Life) -> None:
+        for thread_id in THREADS:
+            if life.pending[thread_id]:
+                self.hit.add(thread_id)
+                delta = life.backlog.pending(thread_id)
+                assert delta is not None
+                self.lost[thread_id] |= ones(delta.tokens)
+                self.gone[thread_id] |= ones(delta.tokens)
+
+    def _end(self, life: Life) -> None:
+        self.lives.remove(life)
+        self.ended.append(life)
+        if not self.lives:
+            self._new_life(uuid4())
+
+    @precondition(lambda self: len(self.lives) > 1 or self.lives[0].accepted)
+    @rule(number=LIFE)
+    def crash(self, number: int) -> None:
+        """A process dies: what was pending is gone."""
+        life = self._life(number)
+        self._lose(life)
+        life.closed = True
+        self.lives.remove(life)  # nobody looks at its books again
+        if not self.lives:
+            self._new_life(uuid4())
+
+    @precondition(lambda self: len(self.lives) < MOST_LIVES)
+    @rule()
+    def fork(self) -> None:
+        """A child, or another process: empty, with an identity of its own; the parent goes on."""
+        self._new_life(uuid4())
+
+    @precondition(lambda self: self.clones and len(self.lives) < MOST_LIVES)
+    @rule(number=LIFE)
+    def clone(self, number: int) -> None:
+        """A copy of the process with the same identity, as of a machine's snapshot: the first to open is fenced."""
+        self._new_life(self._life(number).producer)
+
+    @rule(number=LIFE, drains=st.booleans(), script=st.lists(OUTCOMES, max_size=3))
+    def close(self, number: int, drains: bool, script: list[Outcome]) -> None:
+        """The end in order; at the deadline, what is pending is lost, and counted."""
+        life = self._life(number)
+        if drains:
+            life.drain_and_flush(script)
+        if not life.backlog.is_empty:
+            self._lose(life)
+            if life.runs:
+                with suppress(asyncio.CancelledError):
+                    life.flushing.throw(asyncio.CancelledError())  # type: ignore[union-attr]
+            reason = "halted" if life.halted else "deadline"
+            assert life.backlog.abandon(reason) == life.pending.total()
+            life.abandoned(reason)
+        clean = not life.lost and not life.halted
+        run(life.flusher.aclose(clean=not life.lost))
+        assert self.sink.closed[-1] == (life.producer, clean)
+        self._end(life)
+
+    @precondition(lambda self: any(life.runs for life in self.lives))
+    @rule(number=LIFE)
+    def give_up(self, number: int) -> None:
+        """The deadline passes while an attempt is under way, whose answer comes afterwards."""
+        life = self._life(number)
+        if life.runs and not life.closed:
+            self._lose(life)
+            assert life.backlog.abandon("deadline") == life.pending.total()
+            life.abandoned("deadline")
+
+    @rule(seconds=st.sampled_from([60.0, DAY - 1, DAY + 1, 2 * DAY, 31 * DAY]), wall=st.sampled_from([0, 0, -1, 1]))
+    def idle(self, seconds: float, wall: int) -> None:
+        """Time passes; somebody may set the wall clock an hour back, or ten years on."""
+        self.clock.advance(min(seconds, 2 * DAY) if self.clones else seconds)
+        self.clock.set_wall({0: 0.0, -1: -3_600.0, 1: 3_650 * DAY}[wall])
+
+    # -- what holds --------------------------------------------------------------------------------
+
+    def _held(self, thread_id: str) -> set[int]:
+        """Return the digits that the sink has: in the row, in a dead letter, or skipped with a delta."""
+        row = self.sink.rows.get(thread_id)
+        letters = [letter.delta for letters in self.sink.letters.values() for letter in letters]
+        aside = [delta for delta in [*letters, *self.sink.skipped] if delta.thread_id == thread_id]
+        return disjoint([ones(row.total_tokens) if row else set(), *(ones(delta.tokens) for delta in aside)])
+
+    def _pending(self, thread_id: str) -> set[int]:
+        deltas = [life.backlog.pending(thread_id) for life in self.lives]
+        return disjoint(ones(delta.tokens) for delta in deltas if delta is not None)
+
+    def _twice(self, thread_id: str) -> set[int]:
+        """Return the digits of a batch in doubt: in the sink, and pending still."""
+        batches = [life.in_effect for life in self.lives]
+        found = [delta for batch in batches if batch is not None for delta in batch.deltas]
+        return disjoint(ones(delta.tokens) for delta in found if delta.thread_id == thread_id)
+
+    @invariant()
+    def books_are_true(self) -> None:
+        """Of every life, the ended ones too."""
+        for life in [*self.lives, *self.ended]:
+            life.check()
+
+    @invariant()
+    def nothing_is_lost_or_doubled(self) -> None:
+        """Every digit made is in the sink, pending or gone for a reason; in two of them only while in doubt."""
+        for thread_id in THREADS:
+            made = set(range(self.digits.made.get(thread_id, 0)))
+            held, pending, gone = self._held(thread_id), self._pending(thread_id), self.gone[thread_id]
+            assert held | pending | gone == made
+            assert held & pending == self._twice(thread_id)
+            assert not pending & gone
+            # What a life gave up may have been done all the same; what was forgotten never comes again.
+            assert held & gone <= self.lost[thread_id]
+
+    @invariant()
+    def rows_are_true(self) -> None:
+        """Row and pending together are the sum of all calls, where nothing was lost and nothing is in doubt."""
+        self._mark_set_aside()
+        for thread_id in THREADS:
+            if thread_id in self.hit or any(self._in_doubt(life, thread_id) for life in self.lives):
+                continue
+            row = self.sink.rows.get(thread_id)
+            total = row_of(self.calls[thread_id])
+            for life in self.lives:
+                delta = life.backlog.pending(thread_id)
+                assert (delta is not None) == bool(life.pending[thread_id])
+                if delta is not None:
+                    row = MemoryRow(delta.first_at, delta.first_at) if row is None else replace(row)
+                    row.add(delta)
+            assert comparable(row) == comparable(total)
+
+    def _mark_set_aside(self) -> None:
+        for letters in self.sink.letters.values():
+            self.hit.update(letter.delta.thread_id for letter in letters)
+        self.hit.update(delta.thread_id for delta in self.sink.skipped)
+
+    def _in_doubt(self, life: Life, thread_id: str) -> bool:
+        batch = life.in_effect
+        return batch is not None and any(delta.thread_id == thread_id for delta in batch.deltas)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """The sink works again: everything pending is applied, once; what is late finds nothing to do."""
+        if not hasattr(self, "lives"):
+            return
+        for life in self.lives:
+            while life.runs:
+                life.step()
+            life.drain_and_flush()
+            if life.halted is None:
+                assert life.backlog.is_empty
+                assert not life.pending.total()
+            else:
+                life.start()
+        self._check_all()
+        sums = {thread_id: row.total_tokens for thread_id, row in self.sink.rows.items() if row.turn_count}
+        self.sink.arrive()
+        self._check_all()
+        halted = {thread_id for life in self.lives if life.halted for thread_id in +life.pending}
+        verdict = self.digits.read(sums)
+        assert not verdict.doubled
+        assert {thread_id for thread_id, _ in verdict.missing} <= self.hit | halted
+        MET.update(self.sink.met)
+        MET.update(
+            regressions=sum(life.regressions for life in [*self.lives, *self.ended]),
+            halted=sum(life.halted is not None for life in [*self.lives, *self.ended]),
+            lost=sum(map(len, self.lost.values())),
+            forgotten=sum(len(gone - self.lost[thread_id]) for thread_id, gone in self.gone.items()),
+            exact_rows=len(set(THREADS) - self.hit),
+            examples=1,
+        )
+
+    def _check_all(self) -> None:
+        self.books_are_true()
+        self.nothing_is_lost_or_doubled()
+        self.rows_are_true()
+
+
+def row_of(calls: list[Record]) -> MemoryRow | None:
+    """Return the row of a thread after *calls*, in plain sums."""
+    if not calls:
+        return None
+    turns = [record for record in calls if len(record) == 5]
+    resolves = [record for record in calls if len(record) == 3]
+    first = calls[0][-1] // 1_000
+    row = MemoryRow(first, turns[-1][-1] // 1_000 if turns else first)
+    row.turn_count, row.total_tokens = len(turns), sum(record[2] for record in turns)
+    row.total_cost_usd = Decimal(len(turns)) / 10
+    row.agents_used = tuple(dict.fromkeys(str(record[1]) for record in turns))
+    if resolves:
+        row.resolution_type, row.ended_at = resolves[-1][1], resolves[-1][-1] // 1_000
+    return row
+
+
+def comparable(row: MemoryRow | None) -> tuple[Any, ...] | None:
+    """Return what does not hang on which of several processes came first."""
+    if row is None:
+        return None
+    return (
+        row.started_at,
+        row.last_activity,
+        row.turn_count,
+        sorted(row.agents_used),
+        row.total_tokens,
+        row.total_cost_usd,
+        row.resolution_type,
+        row.ended_at,
+    )
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> Iterator[None]:
+    """Thousands of faults are logged: nobody reads them."""
+    logger = logging.getLogger("tracker_daemon")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    yield
+    logger.setLevel(before)
+
+
+BASE: Final = settings(
+    deadline=None,
+    database=None,
+    stateful_step_count=50,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
+TestTrackerMachine = TrackerMachine.TestCase
+TestTrackerMachine.__doc__ = "Fresh histories, others in every run."
+TestTrackerMachine.settings = settings(BASE, max_examples=150)
