@@ -121,6 +121,7 @@ def test_fork_while_locks_are_held(database: str) -> None:
     """A lock that a thread of the parent holds is not the child's: its own are new."""
     outcome = play("locks_held", database)
     assert starts_empty(outcome.by("child")["at_first"])
+    assert outcome.by("child")["locks"] >= 2
     assert outcome.by("child")["stats"] == [50, 50, 0, 0, 0, 1]
     assert turns(database) == outcome.accepted == 115
 

@@ -14,7 +14,7 @@ PACKAGE = Path(tracker_daemon.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"demo.run"},
+    {"demo.run", "operations"},
     {"demo.screen", "demo.verdict", "demo.traffic"},
     {"demo.count"},
     {"__init__"},

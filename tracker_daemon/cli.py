@@ -11,10 +11,12 @@ Rules:
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +31,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-
-    from psycopg import AsyncConnection
+    from collections.abc import Callable, Iterator, Mapping
 
 _PREFIX: Final = "TRACKER_"
 _FILE: Final = "_FILE"
@@ -67,7 +67,7 @@ def program(context: click.Context) -> None:
     _refuse_unknown(known, os.environ)
     found = {parameter: _read_secret(variable, os.environ) for parameter, variable in known.items()}
     given = {parameter: value for parameter, value in found.items() if value is not None}
-    context.default_map = dict.fromkeys(group.commands, given)
+    context.default_map = _defaults(group, given)
 
 
 # -- the environment -------------------------------------------------------------------------------
@@ -75,11 +75,19 @@ def program(context: click.Context) -> None:
 
 def _variables(group: click.Group) -> dict[str, str]:
     """Return the environment variable of every option of every command, by the option's name."""
+    found: dict[str, str] = {}
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            found |= _variables(command)
+        found |= {option.name: str(option.envvar) for option in command.params if option.name and option.envvar}
+    return found
+
+
+def _defaults(group: click.Group, given: dict[str, str]) -> dict[str, Any]:
+    """Return *given* as the defaults of every command, as click nests them."""
     return {
-        option.name: str(option.envvar)
-        for command in group.commands.values()
-        for option in command.params
-        if option.name and option.envvar
+        name: _defaults(command, given) if isinstance(command, click.Group) else given
+        for name, command in group.commands.items()
     }
 
 
@@ -124,8 +132,6 @@ def _database(context: click.Context, parameter: click.Parameter, value: str) ->
         return value
     if scheme not in ("postgresql", "postgres") and "=" not in value:
         raise refuse("must begin with postgresql: or embedded:, or be a key=value conninfo")
-    if scheme in ("postgresql", "postgres") and _badly_escaped(rest):
-        raise refuse("has a character in its user or password that a URL must have as %XX (@ %40, / %2F, : %3A, ? %3F)")
     from tracker_daemon.errors import ConfigError  # noqa: PLC0415 - rule 4
     from tracker_daemon.postgres.connection import Connector  # noqa: PLC0415
 
@@ -134,17 +140,6 @@ def _database(context: click.Context, parameter: click.Parameter, value: str) ->
     except ConfigError as error:
         raise refuse(error.fault) from None
     return value
-
-
-def _badly_escaped(rest: str) -> bool:
-    """Tell whether libpq would take part of a password for the host, port or database, and show it in an error."""
-    # As libpq reads it: the user and password end at the first @, if that comes before the first slash.
-    text = rest.removeprefix("//")
-    user, at, after = text.partition("@")
-    location = (after if at and "/" not in user else text).partition("?")[0]
-    hosts = [re.sub(r"\[.*?(\]|$)", "", host) for host in location.partition("/")[0].split(",")]
-    ports = [host.partition(":")[2] for host in hosts]
-    return "@" in location or any(port and not port.isdecimal() for port in ports)
 
 
 def _table(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str | None, str]:
@@ -201,47 +196,77 @@ def demo(seconds: float, rate: float, threads: int) -> None:
 @setting("--check", is_flag=True, help="Change nothing; exit 1 if something is missing.")
 def migrate(database: str, table: tuple[str | None, str], *, check: bool) -> None:
     """Create the tables, or upgrade them in place; safe to repeat."""
+    if check:
+        found = _operate("missing", database, table)
+        _print(found or ["nothing is missing"])
+        sys.exit(1 if found else 0)
+    _print([f"applied {step}" for step in _operate("migrate", database, table)] or ["nothing to do"])
+
+
+@program.group("dead-letters")
+def dead_letters() -> None:
+    """Look after the deltas that the database would not take."""
+
+
+def _on_letters(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command on dead letters has."""
+    options = [
+        setting("--database", required=True, callback=_database, metavar="URL", help="postgresql:…, a conninfo."),
+        setting("--table", default="conversations", callback=_table, help="The conversations; may be schema.name."),
+        click.option("--thread-id", help="Only those of this thread."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@dead_letters.command("list")
+@_on_letters
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="How many, oldest first.")
+def list_letters(database: str, table: tuple[str | None, str], thread_id: str | None, limit: int) -> None:
+    """Print dead letters as JSON, one a line, oldest first."""
+    for letter in _operate("letters", database, table, thread_id, limit):
+        click.echo(json.dumps(asdict(letter), default=str, ensure_ascii=False))
+
+
+@dead_letters.command()
+@_on_letters
+@click.option("--all", "everything", is_flag=True, help="Those of every thread.")
+def retry(database: str, table: tuple[str | None, str], thread_id: str | None, *, everything: bool) -> None:
+    """Apply dead letters again, each once; exit 1 if one is refused again."""
+    _choose(thread_id, everything=everything)
+    applied, refused = _operate("retry", database, table, thread_id)
+    click.echo(f"applied {applied}, refused again {refused}")
+    sys.exit(1 if refused else 0)
+
+
+@dead_letters.command()
+@_on_letters
+@click.option("--all", "everything", is_flag=True, help="Those of every thread.")
+def drop(database: str, table: tuple[str | None, str], thread_id: str | None, *, everything: bool) -> None:
+    """Delete dead letters for good."""
+    _choose(thread_id, everything=everything)
+    click.echo(f"dropped {_operate('drop', database, table, thread_id)}")
+
+
+def _choose(thread_id: str | None, *, everything: bool) -> None:
+    if (thread_id is None) != everything:
+        raise click.UsageError("say which: --thread-id ID or --all")
+
+
+def _operate(name: str, *arguments: Any) -> Any:
+    """Run one of `operations`; what goes wrong is one line."""
     with _one_line():
         import anyio  # noqa: PLC0415 - rule 4
 
-        lines, status = anyio.run(_check if check else _migrate, database, table)
+        from tracker_daemon import operations  # noqa: PLC0415 - rule 4
+
+        return anyio.run(getattr(operations, name), *arguments)
+
+
+def _print(lines: list[str]) -> None:
     for line in lines:
         click.echo(line)
-    sys.exit(status)
-
-
-async def _migrate(database: str, table: tuple[str | None, str]) -> tuple[list[str], int]:
-    from tracker_daemon.postgres import schema  # noqa: PLC0415 - rule 4
-
-    async with _connection(database) as connection:
-        applied = await schema.migrate(connection, *table)
-    return [f"applied {step}" for step in applied] or ["nothing to do"], 0
-
-
-async def _check(database: str, table: tuple[str | None, str]) -> tuple[list[str], int]:
-    from tracker_daemon.postgres import schema  # noqa: PLC0415 - rule 4
-
-    directory = database.removeprefix("embedded:")
-    if directory != database and not (Path(directory) / "data" / "PG_VERSION").exists():
-        return [f"{directory} holds no database"], 1  # starting the server would make one
-    async with _connection(database) as connection:
-        name = table[1]
-        faults = await schema.faults_of(connection, await schema.find_schema(connection, *table), name)
-    return (faults, 1) if faults else (["nothing is missing"], 0)
-
-
-@asynccontextmanager
-async def _connection(database: str) -> AsyncIterator[AsyncConnection[Any]]:
-    """Connect; to a server of our own, started for as long as it takes, if *database* is `embedded:DIR`."""
-    from tracker_daemon.embedded import EmbeddedPostgres  # noqa: PLC0415 - rule 4
-    from tracker_daemon.postgres.connection import Connector  # noqa: PLC0415
-
-    with ExitStack() as stack:
-        scheme, _, directory = database.partition(":")
-        if scheme == "embedded":
-            database = stack.enter_context(EmbeddedPostgres(directory)).conninfo
-        async with await Connector(database).connect() as connection:
-            yield connection
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A sink in memory that honours the ledger, and whose every `open` and `apply` ends as its script says.
 
 Rules:
-1. An attempt takes effect whole or not at all, by the ledger's compare-and-set: at once, or late.
+1. An attempt takes effect whole or not at all, by the ledger's compare-and-set: at once, or late. So does `open`: one
+   that comes late finds that the epoch it saw has passed. It raises `LedgerMissing` when the row of a producer
+   that it has opened is gone, and never gives an epoch twice.
 2. Both coroutines pause before they do anything, at "open" and "apply" (see `manual_clock`); the outcome is taken from
    the script when they are resumed. With an empty script they succeed.
 3. Every commit can be forgotten again, the last ones first, as by a failover to a standby that lagged.
@@ -80,6 +82,10 @@ def raised(fault: Fault) -> Exception:
     return SinkFault(fault, f"a fault of kind {fault}")
 
 
+class _Passed(Exception):  # noqa: N818 - says what is the case
+    """An `open` came too late: the epoch that it saw has passed."""
+
+
 def took_effect(answer: object) -> bool:
     """Say whether an attempt with this answer changed the sink."""
     return isinstance(answer, Opened) or (isinstance(answer, Applied) and not answer.duplicate)
@@ -127,6 +133,7 @@ class ScriptedSink(MemorySink):
         self.aborts = 0
         self.met = Counter[str]()
         self._touched: dict[tuple[UUID, int], float] = {}
+        self._known: dict[UUID, int] = {}
         self._history = [self._state()]
 
     # -- the port ----------------------------------------------------------------------------------
@@ -135,7 +142,11 @@ class ScriptedSink(MemorySink):
         """See `Sink.open`."""
         self.opened.append(producer)
         await pause("open")
-        return self._attempt(self._next(), lambda: self._open(producer, lane), "opens")
+        outcome = self._next()
+        seen, known = self.ledger.get((producer, lane)), self._known.get(producer, 0)
+        opened = self._attempt(outcome, lambda: self._open((producer, lane), seen, known), "opens")
+        self._known[producer] = opened.epoch
+        return opened
 
     async def apply(self, batch: Batch) -> Applied:
         """See `Sink.apply`."""
@@ -214,13 +225,19 @@ class ScriptedSink(MemorySink):
         """Do it; whatever it would answer is not heard."""
         try:
             return do()
-        except (Fenced, LedgerMissing, LedgerRegressed):
+        except (_Passed, Fenced, LedgerMissing, LedgerRegressed):
             return None
 
-    def _open(self, producer: UUID, lane: int) -> Opened:
+    def _open(self, key: tuple[UUID, int], seen: Opened | None, known: int) -> Opened:
         self._collect()
-        opened = run(super().open(producer, lane))
-        self._commit((producer, lane))
+        found = self.ledger.get(key)
+        if found is None and known:
+            raise LedgerMissing(str(key[0]), key[1])
+        if (found and found.epoch) != (seen and seen.epoch):
+            raise _Passed
+        before = found or Opened(0, 0)
+        opened = self.ledger[key] = Opened(max(before.epoch, known) + 1, before.applied_sequence)
+        self._commit(key)
         return opened
 
     def _apply(self, batch: Batch, dead: int) -> Applied:

@@ -89,6 +89,7 @@ class Life:
     """One process: a backlog, a flusher, and what the model expects of them.
 
     Attributes:
+        shared: whether another life may have the same identity.
         flushing: the flush under way, if any.
         pending: calls by thread, of those that are not settled.
         errors: what the sink has raised, as `on_error` must have been told.
@@ -97,7 +98,10 @@ class Life:
         tries: failures since the flush of this batch began, or began again.
     """
 
-    def __init__(self, sink: ScriptedSink, clock: ManualClock, options: dict[str, Any], producer: UUID) -> None:
+    def __init__(
+        self, sink: ScriptedSink, clock: ManualClock, options: dict[str, Any], producer: UUID, *, shared: bool
+    ) -> None:
+        self.shared = shared
         self.sink, self.clock = sink, clock
         self.backlog, self.numbers = Backlog(**options), FlushNumbers()
         self.told: list[BaseException] = []
@@ -123,14 +127,19 @@ class Life:
     # -- driving -----------------------------------------------------------------------------------
 
     @property
+    def at(self) -> str | None:
+        """Where the flush stands; `None` when none is under way."""
+        return self.flushing.at if self.flushing is not None else None
+
+    @property
     def runs(self) -> bool:
         """Whether a flush is under way."""
-        return self.flushing is not None and self.flushing.at is not None
+        return self.at is not None
 
     def start(self) -> None:
         """Begin a flush; a life that was halted sends nothing."""
         before = len(self.sink.received), len(self.sink.opened)
-        self.tries = 0
+        self.tries = self.regressions_in_a_row = 0
         self.flushing = Driven(self.flusher.flush())
         self.look()
         if self.halted is not None:
@@ -156,9 +165,8 @@ class Life:
 
     def hurry(self) -> None:
         """Cut the wait short."""
-        assert self.flushing is not None
         self.flusher.hurry()
-        self.hurried = self.flushing.at == "wait"
+        self.hurried = True
 
     def drain_and_flush(self, outcomes: Iterable[Outcome] = ()) -> None:
         """Empty the backlog; the first attempts end as *outcomes*, the others succeed."""
@@ -170,13 +178,13 @@ class Life:
                     self.backlog.seal()
                 self.start()
             while self.runs:
-                self.step(DONE if self.flushing.at == "wait" else next(script, DONE))  # type: ignore[union-attr]
+                self.step(DONE if self.at == "wait" else next(script, DONE))
 
     # -- what is expected --------------------------------------------------------------------------
 
     def look(self) -> None:
         """Check where the flush stands now."""
-        at = self.flushing.at if self.flushing is not None else None
+        at = self.at
         if at == "open":
             self._look_at_open()
         elif at == "apply":
@@ -226,15 +234,20 @@ class Life:
         elif isinstance(answer, LedgerRegressed):
             self.position = None
             self.regressions += 1
+            self.regressions_in_a_row += 1
             self._failed(answer)
+            if self.regressions_in_a_row > 1:
+                self._look_at_wait(answer, self.regressions_in_a_row)
         elif isinstance(answer, Fenced | LedgerMissing):
+            assert self.shared or isinstance(answer, LedgerMissing), "fenced by itself"
             self.halted = answer
             self.kinds["other"] += 1
             self._failed(answer)
             if isinstance(answer, LedgerMissing) and self.producer in self.sink.collected:
                 assert self.clock.monotonic() - self.sent_at > MONTH - 2 * DAY, "halted by idleness alone"
         elif isinstance(answer, Exception):
-            self._look_at_wait(at, answer)
+            self.tries += 1
+            self._look_at_wait(answer, self.tries)
 
     def _applied(self, applied: Applied) -> None:
         assert self.position is not None
@@ -242,7 +255,8 @@ class Life:
         self.last_success, self.last_error = self.clock.wall(), None
         self.opened_since_success = False
         self.flushes["duplicate" if applied.duplicate else "ok"] += 1
-        self.tries = 0
+        self.tries = self.regressions_in_a_row = 0
+        self.hurried = False
         deltas, self.in_hand = self.in_hand, None
         if deltas is None:
             return  # given up meanwhile
@@ -261,18 +275,16 @@ class Life:
         self.errors.append(error)
         self.last_error = error
 
-    def _look_at_wait(self, at: str | None, error: Exception) -> None:
+    def _look_at_wait(self, error: Exception, tries: int) -> None:
         self._failed(error)
-        self.tries += 1
         kind = error.kind if isinstance(error, SinkFault) else "schema" if isinstance(error, SchemaError) else "other"
         self.kinds[kind] += 1
         self.flushes["retry" if kind in PASSING else "error"] += 1
-        assert self.flushing is not None
-        assert self.flushing.at == "wait", f"{at} goes on without a wait"
-        least, most = longest_wait(kind, self.tries)
+        assert self.at == "wait", "it is tried again without a wait"
+        least, most = (0.0, 0.0) if self.hurried else longest_wait(kind, tries)
         seconds = self.clock.waits[-1]
         assert seconds is not None
-        assert least <= seconds <= most, (kind, self.tries, seconds)
+        assert least <= seconds <= most, (kind, tries, seconds)
 
     def abandoned(self, reason: str) -> None:
         """Everything pending was given up."""
@@ -281,6 +293,7 @@ class Life:
         self.pending.clear()
         self.in_hand = None
         self.closed = True
+        self.backlog.close()
 
     @property
     def in_effect(self) -> Batch | None:
@@ -324,7 +337,15 @@ OUTCOMES = st.builds(
     dead=st.sampled_from([0, 0, 0, 1, 2, 3]),
     first=st.booleans(),
 )
+SCRIPT = st.lists(OUTCOMES, max_size=6)
+OPENING = st.sampled_from([DONE] * 4 + [Outcome(how) for how in ("fails", "unanswered", "late", "cancelled")])  # type: ignore[arg-type]
+CALLS = st.lists(
+    st.tuples(st.sampled_from(["turn", "turn", "turn", "ensure", "resolve"]), st.sampled_from(THREADS)),
+    min_size=1,
+    max_size=6,
+)
 LIFE = st.integers(0, MOST_LIVES - 1)
+SELDOM = st.integers(0, 5).map(lambda number: number == 5)
 
 
 class TrackerMachine(RuleBasedStateMachine):
@@ -355,7 +376,7 @@ class TrackerMachine(RuleBasedStateMachine):
         self._new_life(uuid4())
 
     def _new_life(self, producer: UUID) -> Life:
-        life = Life(self.sink, self.clock, self.options, producer)
+        life = Life(self.sink, self.clock, self.options, producer, shared=self.clones)
         self.lives.append(life)
         return life
 
@@ -380,15 +401,7 @@ class TrackerMachine(RuleBasedStateMachine):
         life.pending[thread_id] += 1
         self.calls[thread_id].append(record)
 
-    @precondition(lambda self: any(not life.closed for life in self.lives))
-    @rule(
-        number=LIFE,
-        calls=st.lists(
-            st.tuples(st.sampled_from(["turn", "turn", "ensure", "resolve"]), st.sampled_from(THREADS)),
-            min_size=1,
-            max_size=6,
-        ),
-    )
+    @rule(number=LIFE, calls=CALLS)
     def call(self, number: int, calls: list[tuple[str, str]]) -> None:
         """Some calls."""
         for kind, thread_id in calls:
@@ -406,10 +419,16 @@ class TrackerMachine(RuleBasedStateMachine):
         if seal and not life.backlog.in_flight:
             life.backlog.seal()
 
+    @rule(number=LIFE, calls=CALLS, script=SCRIPT, opening=OPENING)
+    def work(self, number: int, calls: list[tuple[str, str]], script: list[Outcome], opening: Outcome) -> None:
+        """Calls, then a flush begins or goes on; its attempts end by the script, and then it stands where it stands."""
+        self.call(number, calls)
+        self.flush(number, script, opening)
+
     @precondition(lambda self: any(life.pending.total() or life.runs for life in self.lives))
-    @rule(number=LIFE, script=st.lists(OUTCOMES, max_size=5))
-    def flush(self, number: int, script: list[Outcome]) -> None:
-        """A flush begins or goes on; its attempts end by the script, and then it stands where it stands."""
+    @rule(number=LIFE, script=SCRIPT, opening=OPENING)
+    def flush(self, number: int, script: list[Outcome], opening: Outcome) -> None:
+        """A flush begins or goes on."""
         life = self._life(number)
         if not life.runs:
             life.backlog.drain(1_000)
@@ -417,9 +436,14 @@ class TrackerMachine(RuleBasedStateMachine):
                 life.backlog.seal()
             life.start()
         for outcome in script:
-            if life.runs and life.flushing.at == "wait":  # type: ignore[union-attr]
+            if life.at == "wait":
                 life.step()
-            if life.runs:
+            if life.at == "open":
+                life.step(opening)
+                opening = DONE
+            if life.at == "wait":
+                life.step()
+            if life.at == "apply":
                 life.step(outcome)
 
     @precondition(lambda self: any(life.runs for life in self.lives))
@@ -437,15 +461,13 @@ class TrackerMachine(RuleBasedStateMachine):
         life.drain_and_flush()
         assert life.halted or not life.pending.total()
 
-    @precondition(lambda self: any(life.runs and life.flushing.at == "wait" for life in self.lives))
+    @precondition(lambda self: any(life.runs for life in self.lives))
     @rule(number=LIFE)
     def hurry(self, number: int) -> None:
-        """Somebody waits: the next try comes at once."""
+        """Somebody waits: the wait under way, or the next one, is cut short."""
         life = self._life(number)
         if life.runs:
             life.hurry()
-            if life.hurried:
-                life.step()
 
     # -- what happens to the database ---------------------------------------------------------------
 
@@ -456,7 +478,7 @@ class TrackerMachine(RuleBasedStateMachine):
         self.sink.arrive()
 
     @precondition(lambda self: not self.clones)
-    @rule(commits=st.integers(1, 4))
+    @rule(commits=st.sampled_from([1, 1, 2, 3]))
     def fail_over(self, commits: int) -> None:
         """The database forgets its last commits."""
         before = {thread_id: self._held(thread_id) for thread_id in THREADS}
@@ -471,7 +493,7 @@ class TrackerMachine(RuleBasedStateMachine):
             self.gone[thread_id] |= vanished - self._pending(thread_id)
 
     @precondition(lambda self: self.sink.ledger and not self.clones)
-    @rule(number=LIFE, really=st.sampled_from([False, False, True]))
+    @rule(number=LIFE, really=SELDOM)
     def remove_row(self, number: int, really: bool) -> None:
         """Somebody deletes a row of the ledger."""
         if really:
@@ -495,9 +517,11 @@ class TrackerMachine(RuleBasedStateMachine):
             self._new_life(uuid4())
 
     @precondition(lambda self: len(self.lives) > 1 or self.lives[0].accepted)
-    @rule(number=LIFE)
-    def crash(self, number: int) -> None:
+    @rule(number=LIFE, really=SELDOM)
+    def crash(self, number: int, *, really: bool) -> None:
         """A process dies: what was pending is gone."""
+        if not really:
+            return
         life = self._life(number)
         self._lose(life)
         life.closed = True
@@ -517,9 +541,11 @@ class TrackerMachine(RuleBasedStateMachine):
         """A copy of the process with the same identity, as of a machine's snapshot: the first to open is fenced."""
         self._new_life(self._life(number).producer)
 
-    @rule(number=LIFE, drains=st.booleans(), script=st.lists(OUTCOMES, max_size=3))
-    def close(self, number: int, drains: bool, script: list[Outcome]) -> None:
+    @rule(number=LIFE, really=SELDOM, drains=st.booleans(), script=SCRIPT)
+    def close(self, number: int, *, really: bool, drains: bool, script: list[Outcome]) -> None:
         """The end in order; at the deadline, what is pending is lost, and counted."""
+        if not really:
+            return
         life = self._life(number)
         if drains:
             life.drain_and_flush(script)
@@ -537,11 +563,11 @@ class TrackerMachine(RuleBasedStateMachine):
         self._end(life)
 
     @precondition(lambda self: any(life.runs for life in self.lives))
-    @rule(number=LIFE)
-    def give_up(self, number: int) -> None:
+    @rule(number=LIFE, really=SELDOM)
+    def give_up(self, number: int, *, really: bool) -> None:
         """The deadline passes while an attempt is under way, whose answer comes afterwards."""
         life = self._life(number)
-        if life.runs and not life.closed:
+        if really and life.runs and not life.closed:
             self._lose(life)
             assert life.backlog.abandon("deadline") == life.pending.total()
             life.abandoned("deadline")
@@ -707,4 +733,4 @@ BASE: Final = settings(
 )
 TestTrackerMachine = TrackerMachine.TestCase
 TestTrackerMachine.__doc__ = "Fresh histories, others in every run."
-TestTrackerMachine.settings = settings(BASE, max_examples=150)
+TestTrackerMachine.settings = settings(BASE, max_examples=150, phases=[Phase.generate])

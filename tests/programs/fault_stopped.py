@@ -29,9 +29,7 @@ def main(conninfo: str, copy_from: int, timeout: float) -> None:
     done = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: done.set())
     registry = CollectorRegistry()
-    sink = PostgresSink(
-        Connector(conninfo), (None, "conversations"), statement_timeout=timeout, copy_from=copy_from
-    )
+    sink = PostgresSink(Connector(conninfo), (None, "conversations"), statement_timeout=timeout, copy_from=copy_from)
     tracker = Tracker(sink, flush_interval=0.01, registry=registry)
     made: dict[str, int] = {}
     number = 0

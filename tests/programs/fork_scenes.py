@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -251,10 +252,14 @@ def locks_held() -> None:
     tracker = new_tracker()
     accepted = calls(tracker, 40)
     held, free = threading.Event(), threading.Event()
-    locks = [tracker._backlog.lock, tracker._refusals._lock, tracker._collector._lock]
+    parts = (tracker, tracker._backlog, tracker._refusals, tracker._collector, tracker._worker)
+    kinds = (type(threading.Lock()), type(threading.RLock()))
+    locks = [each for part in parts for each in vars(part).values() if isinstance(each, kinds)]
 
     def hold() -> None:
-        with locks[0], locks[1], locks[2]:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
             held.set()
             free.wait()
 
@@ -271,7 +276,7 @@ def locks_held() -> None:
             tracker.record_turn("")
         except ValueError:
             refused = 1
-        say("child", accepted=mine, refused=refused, at_first=before, **seen(tracker))
+        say("child", accepted=mine, refused=refused, locks=len(locks), at_first=before, **seen(tracker))
         tracker.close()
 
     pid = fork(child)

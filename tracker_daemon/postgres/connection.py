@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
@@ -50,9 +51,27 @@ def _check(conninfo: str) -> None:
         raise ConfigError(
             "sink", "is not a Postgres URL (postgresql://user:password@host:port/database) or key=value conninfo"
         ) from None
+    scheme, _, rest = conninfo.partition(":")
+    if scheme in ("postgresql", "postgres") and _badly_escaped(rest):
+        raise ConfigError(
+            "sink",
+            "has a character in its user or password that a URL must have as %XX (@ %40, / %2F, : %3A, ? %3F), "
+            "or a port that is no number",
+        )
     for port in str(parameters.get("port", "")).split(","):
         if port and not (port.isdecimal() and 0 < int(port) < 65_536):
-            raise ConfigError("sink", "has a port that is not a number from 1 to 65535", port)
+            raise ConfigError("sink", "has a port that is not a number from 1 to 65535")
+
+
+def _badly_escaped(rest: str) -> bool:
+    """Tell whether libpq would take part of a password for the host, port or database, and show it in an error."""
+    # As libpq reads it: the user and password end at the first @, if that comes before the first slash.
+    text = rest.removeprefix("//")
+    user, at, after = text.partition("@")
+    location = (after if at and "/" not in user else text).partition("?")[0]
+    hosts = [re.sub(r"\[.*?(\]|$)", "", host) for host in location.partition("/")[0].split(",")]
+    ports = [host.partition(":")[2] for host in hosts]
+    return "@" in location or any(port and not port.isdecimal() for port in ports)
 
 
 class Connector:

@@ -93,6 +93,21 @@ async def faults_of(connection: AsyncConnection[Any], schema: str, table: str) -
     return found
 
 
+async def steps_to_apply(connection: AsyncConnection[Any], schema: str, table: str) -> list[str]:
+    """Return the migrations that are not recorded as applied."""
+    done: set[int] = set()
+    if await _columns(connection, schema, "tracker_migrations") is not None:
+        done = await _done(connection, schema, table)
+    return [f"{number:04}_{name}" for number, name, _ in migrations() if number not in done]
+
+
+async def _done(connection: AsyncConnection[Any], schema: str, table: str) -> set[int]:
+    names = Statements(schema, table).names
+    cursor = connection.cursor(row_factory=tuple_row)
+    await cursor.execute(sql.SQL("SELECT number FROM {migrations} WHERE conversations = %s").format(**names), [table])
+    return {row[0] for row in await cursor.fetchall()}
+
+
 async def check(connection: AsyncConnection[Any], schema: str, table: str) -> None:
     """Raise `SchemaError` naming everything that the flush would stumble over."""
     found = await faults_of(connection, schema, table)
@@ -132,10 +147,7 @@ async def migrate(connection: AsyncConnection[Any], schema: str | None, table: s
                 " PRIMARY KEY (conversations, number))"
             ).format(**names)
         )
-        await cursor.execute(
-            sql.SQL("SELECT number FROM {migrations} WHERE conversations = %s").format(**names), [table]
-        )
-        done = {row[0] for row in await cursor.fetchall()}
+        done = await _done(connection, schema, table)
         applied: list[str] = []
         for number, name, text in migrations():
             if number not in done or number == 1:

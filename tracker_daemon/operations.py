@@ -1,0 +1,89 @@
+"""What an operator does beside the flush: make and check the tables, look after dead letters.
+
+Each opens what *database* names (a URL, a conninfo or `embedded:DIR`, whose server runs for as long as it takes), does
+one thing, and returns it as plain values; the command line prints them.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tracker_daemon.postgres import dead_letters, schema
+from tracker_daemon.postgres.connection import Connector
+from tracker_daemon.postgres.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from psycopg import AsyncConnection
+
+    from tracker_daemon.postgres.dead_letters import StoredLetter
+
+Table: TypeAlias = "tuple[str | None, str]"
+_PATIENCE = 60.0
+
+
+async def migrate(database: str, table: Table) -> list[str]:
+    """Create or upgrade the tables; return the steps applied."""
+    async with _connection(database) as connection:
+        return await schema.migrate(connection, *table)
+
+
+async def missing(database: str, table: Table) -> list[str]:
+    """Return what the flush would stumble over and which steps are not applied, a sentence each; change nothing."""
+    directory = database.removeprefix("embedded:")
+    if directory != database and not (Path(directory) / "data" / "PG_VERSION").exists():
+        return [f"{directory} holds no database"]  # starting the server would make one
+    async with _connection(database) as connection:
+        name = await schema.find_schema(connection, *table)
+        faults = await schema.faults_of(connection, name, table[1])
+        steps = await schema.steps_to_apply(connection, name, table[1])
+        return faults + [f"step {step} is not applied" for step in steps]
+
+
+async def letters(database: str, table: Table, thread_id: str | None, limit: int) -> list[StoredLetter]:
+    """Return dead letters, oldest first."""
+    async with _session(database, table) as session:
+        return await dead_letters.stored(session, thread_id, limit)
+
+
+async def retry(database: str, table: Table, thread_id: str | None) -> tuple[int, int]:
+    """Apply dead letters again; return how many were applied and how many refused again."""
+    async with _session(database, table) as session:
+        return await dead_letters.retry(session, thread_id)
+
+
+async def drop(database: str, table: Table, thread_id: str | None) -> int:
+    """Delete dead letters for good; return how many."""
+    async with _session(database, table) as session:
+        return await dead_letters.drop(session, thread_id)
+
+
+@asynccontextmanager
+async def _conninfo(database: str) -> AsyncIterator[str]:
+    with ExitStack() as stack:
+        scheme, _, directory = database.partition(":")
+        if scheme == "embedded":
+            from tracker_daemon.embedded import EmbeddedPostgres  # noqa: PLC0415 - an extra that others need not have
+
+            yield stack.enter_context(EmbeddedPostgres(directory)).conninfo
+        else:
+            yield database
+
+
+@asynccontextmanager
+async def _connection(database: str) -> AsyncIterator[AsyncConnection[Any]]:
+    async with _conninfo(database) as conninfo, await Connector(conninfo).connect() as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def _session(database: str, table: Table) -> AsyncIterator[Session]:
+    async with _conninfo(database) as conninfo:
+        session = await Session.open(Connector(conninfo), table, create_missing=True, timeout=_PATIENCE)
+        try:
+            yield session
+        finally:
+            await session.close()
