@@ -440,11 +440,13 @@ def test_close_beside_calls(trackers: Trackers, deadline: float, attempt: int) -
 def test_close_beside_calls_on_postgres(trackers: Trackers, database: str) -> None:
     """The table has what the books say was applied."""
     tracker = trackers(database, flush_interval=0.01)
+    pause = threading.Event()
 
     def hammer() -> int:
         accepted = 0
         while not tracker.closed:
-            accepted += tracker.record_turn(f"t{accepted % 50}")
+            accepted += many_turns(tracker, 100)
+            pause.wait(0.0005)
         return accepted
 
     def end() -> None:
@@ -581,7 +583,7 @@ def test_flush_beside_a_stream_of_calls(trackers: Trackers) -> None:
     for thread in threads:
         thread.start()
     try:
-        for number in range(1, 11):
+        for number in range(1, 6):
             wait_until(lambda: tracker.record_turn("mine"))
             tracker.flush(20)
             assert sink.rows["mine"].turn_count == number

@@ -97,24 +97,24 @@ class World:
 
 
 @contextmanager
-def new_world(postgres: EmbeddedPostgres) -> Iterator[World]:
-    """Make a world in a database of its own."""
-    name = sql.Identifier(f"w_{uuid4().hex[:12]}")
+def new_database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """Make a database for a module's tests, dropped afterwards."""
+    name = f"m_{uuid4().hex[:12]}"
     with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
-        found = World(psycopg.conninfo.make_conninfo(postgres.conninfo, dbname=name.as_string().strip('"')))
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         try:
-            yield found
+            yield psycopg.conninfo.make_conninfo(postgres.conninfo, dbname=name)
         finally:
-            found.close()
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture(scope="module")
 def shared_world(postgres: EmbeddedPostgres) -> Iterator[World]:
     """One world for this module."""
-    with new_world(postgres) as found:
+    with new_database(postgres) as conninfo:
+        found = World(conninfo)
         yield found
+        found.close()
 
 
 @pytest.fixture

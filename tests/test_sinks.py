@@ -11,8 +11,9 @@ import psycopg
 import pytest
 
 from tests import reference_oracle as oracle
+from tests.conftest import run_migrate
 from tests.strategies import NOW, Process
-from tests.test_semantics import ALWAYS_ARRAYS, ALWAYS_COPY, as_row
+from tests.test_semantics import ALWAYS_ARRAYS, ALWAYS_COPY, as_row, new_database
 from tracker_daemon import Fenced, MemorySink, Sink
 from tracker_daemon.batch import Batch
 from tracker_daemon.delta import ThreadDelta
@@ -22,6 +23,8 @@ from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
+
+    from tracker_daemon.embedded import EmbeddedPostgres
 
 FORMS = ("memory", "arrays", "copy")
 
@@ -97,10 +100,26 @@ class Subject:
                 )
 
 
+@pytest.fixture(scope="module")
+def shared_database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The conninfo of one database with the tables, for this module."""
+    with new_database(postgres) as conninfo:
+        run_migrate(conninfo)
+        yield conninfo
+
+
+@pytest.fixture
+def conninfo(shared_database: str) -> str:
+    """The same, emptied."""
+    with psycopg.connect(shared_database) as connection:
+        connection.execute("TRUNCATE conversations, tracker_ledger, tracker_dead_letters")
+    return shared_database
+
+
 @pytest.fixture(params=FORMS)
-def subject(request: pytest.FixtureRequest, database: str) -> Iterator[Subject]:
+def subject(request: pytest.FixtureRequest, conninfo: str) -> Iterator[Subject]:
     """A sink of each form, empty."""
-    found = Subject(request.param, database)
+    found = Subject(request.param, conninfo)
     yield found
     found.close()
 
@@ -164,6 +183,18 @@ def test_open_fences_the_older_life(subject: Subject) -> None:
     assert subject.rows() == rows
     assert subject.run(new.apply(batch_of(producer, second, 2))) == Applied(rows=1)
     assert subject.ledger() == {(producer, 0): Opened(2, 2)}
+
+
+def test_older_than_the_last(subject: Subject) -> None:
+    """A batch of this life from before the last one comes from a writer that was overtaken: it is fenced."""
+    producer, sink = uuid4(), subject.sink
+    opened = subject.run(sink.open(producer, 0))
+    for number in (1, 2):
+        subject.run(sink.apply(batch_of(producer, opened, number)))
+    rows = subject.rows()
+    with pytest.raises(Fenced):
+        subject.run(sink.apply(batch_of(producer, opened, 1)))
+    assert (subject.rows(), subject.ledger()) == (rows, {(producer, 0): Opened(1, 2)})
 
 
 def test_gap(subject: Subject) -> None:
@@ -265,9 +296,9 @@ def test_abort_with_nothing_under_way(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_skipped(database: str, form: str) -> None:
+def test_skipped(conninfo: str, form: str) -> None:
     """`create_missing=False`: a delta without an `ensure` and without a row is skipped and counted; also twice."""
-    subject = Subject(form, database, create_missing=False)
+    subject = Subject(form, conninfo, create_missing=False)
     producer, sink = uuid4(), subject.sink
     opened = subject.run(sink.open(producer, 0))
     turn = ThreadDelta("orphan", NOW // 1_000)
@@ -284,7 +315,7 @@ def test_skipped(database: str, form: str) -> None:
     subject.close()
 
 
-def test_same_rows(database: str) -> None:
+def test_same_rows(conninfo: str) -> None:
     """The same batches leave the same rows in memory and in the table, by either form."""
     windows: list[list[Any]] = [
         [("t", NOW), ("t", "\\.", 5, 0.1, NOW + 1_000), ("u", "x\ty", 1, 0.2, NOW)],
@@ -293,9 +324,9 @@ def test_same_rows(database: str) -> None:
     ]
     found = []
     for form in FORMS:
-        with psycopg.connect(database) as connection:
+        with psycopg.connect(conninfo) as connection:
             connection.execute("TRUNCATE conversations, tracker_ledger")
-        subject, process = Subject(form, database), Process([list(window) for window in windows], batch_size=2)
+        subject, process = Subject(form, conninfo), Process([list(window) for window in windows], batch_size=2)
         while subject.run(process.send([subject.sink])):
             pass
         found.append(subject.rows())

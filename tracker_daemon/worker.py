@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -202,6 +203,7 @@ class Worker:
             self._may_run.pop()
         except IndexError:
             return
+        sys.settrace(threading.gettrace())  # for debuggers and coverage; a `threading.Thread` does so by itself
         self.ident = threading.get_ident()
         threading.current_thread().name = "tracker-daemon"
         self._flusher = flusher = self._make_flusher()

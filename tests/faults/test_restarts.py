@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -26,7 +27,6 @@ from tracker_daemon.sink import SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from prometheus_client import CollectorRegistry
 
@@ -79,9 +79,16 @@ def stopped(pid: int) -> Iterator[None]:
     """Keep a process from running, for as long as the block."""
     os.kill(pid, signal.SIGSTOP)
     try:
+        # The signal reaches one thread, and that one the others.
+        wait_until(lambda: all(state(task) in "tT" for task in Path(f"/proc/{pid}/task").iterdir()), "the stop")
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def state(task: Path) -> str:
+    """Return the state of a thread, a letter."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 # -- restarts --------------------------------------------------------------------------------------
@@ -201,6 +208,31 @@ def test_backend_stands_still_with_the_ledger_locked(
     assert digits.read(sums(database)).exact
 
 
+def test_network_gone_in_the_middle_of_a_copy(
+    database: str, proxy: FaultProxy, errors: Errors, registry: CollectorRegistry
+) -> None:
+    """The server waits without end for the rest of a COPY; our next try does not wait for what that one holds."""
+    digits = Digits()
+    with tracking(sink_of(proxy.conninfo, 0.4, COPY), errors, registry) as tracker:
+        for n in range(3):
+            call(tracker, digits)
+            tracker.flush(PATIENCE)
+            proxy.arm(Blackhole("client", 1, kind="d"))
+            call(tracker, digits)
+            tracker.flush(PATIENCE)
+            assert proxy.fired
+            # It has not given up: there is no deadline of the server's for it.
+            assert len(query(database, COPYING)) == n + 1
+    assert kinds(errors) == {"timeout"}
+    proxy.disarm()
+    proxy.release()
+    wait_until(lambda: not query(database, COPYING), "the end of those that waited")
+    assert digits.read(sums(database)).exact
+
+
+COPYING = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'COPY%'"
+
+
 def test_late_opening_does_not_fence_its_own_life(
     database: str, proxy: FaultProxy, errors: Errors, registry: CollectorRegistry
 ) -> None:
@@ -235,8 +267,8 @@ def test_our_process_stands_still(
         for n in range(3):
             program.wait_for(who="flushed")
             program.lines.clear()
-            # The merge's answer stays away: with COPY the server now waits for our COMMIT.
-            proxy.arm(Blackhole("server", 1, kind="D"))
+            # The end of the merge's answer stays away: with COPY the server now waits for our COMMIT.
+            proxy.arm(Blackhole("server", 1, kind="C", contains=b"SELECT 1"))
             proxy.wait_fired(PATIENCE)
             with stopped(program.process.pid):
                 proxy.release()

@@ -99,6 +99,8 @@ class _State:
     applied: dict[Identity, Batch]
     letters: dict[Identity, tuple[DeadLetter, ...]]
     skipped: tuple[ThreadDelta, ...]
+    opens: bool
+    """Whether the commit that led here was an `open`."""
 
 
 class ScriptedSink(MemorySink):
@@ -171,10 +173,12 @@ class ScriptedSink(MemorySink):
         for attempt in late:
             attempt()
 
-    def fail_over(self, commits: int) -> None:
-        """Forget the last *commits* commits, and everything under way with them."""
+    def fail_over(self, commits: int, *, opens: bool) -> None:
+        """Forget the last *commits* commits, and everything under way with them; none before an `open` but with *opens*."""
         self.late.clear()
-        kept = max(1, len(self._history) - commits)
+        kept = len(self._history)
+        while commits and kept > 1 and (opens or not self._history[kept - 1].opens):
+            commits, kept = commits - 1, kept - 1
         self.met["commits_forgotten"] += len(self._history) - kept
         del self._history[kept:]
         state = self._history[-1]
@@ -237,7 +241,7 @@ class ScriptedSink(MemorySink):
             raise _Passed
         before = found or Opened(0, 0)
         opened = self.ledger[key] = Opened(max(before.epoch, known) + 1, before.applied_sequence)
-        self._commit(key)
+        self._commit(key, opens=True)
         return opened
 
     def _apply(self, batch: Batch, dead: int) -> Applied:
@@ -255,7 +259,6 @@ class ScriptedSink(MemorySink):
             self.met[type(error).__name__] += 1
             raise
         if applied.duplicate:
-            self.met["duplicates"] += 1
             # It says so of an earlier try's letters, too: whoever settles the batch must know.
             return replace(applied, dead_letters=self.letters.get(name, ()))
         self.applied[name], self.letters[name] = batch, letters
@@ -273,13 +276,12 @@ class ScriptedSink(MemorySink):
                 del self.ledger[key]
                 self.collected.add(key[0])
 
-    def _commit(self, key: tuple[UUID, int] | None = None) -> None:
+    def _commit(self, key: tuple[UUID, int] | None = None, *, opens: bool = False) -> None:
         if key is not None:
             self._touched[key] = self._clock.monotonic()
-        self._history.append(self._state())
+        self._history.append(self._state(opens=opens))
 
-    def _state(self) -> _State:
+    def _state(self, *, opens: bool = False) -> _State:
         rows = {thread_id: replace(row) for thread_id, row in self.rows.items()}
-        return _State(
-            rows, dict(self.ledger), dict(self._touched), dict(self.applied), dict(self.letters), self.skipped
-        )
+        ledger, touched = dict(self.ledger), dict(self._touched)
+        return _State(rows, ledger, touched, dict(self.applied), dict(self.letters), self.skipped, opens)

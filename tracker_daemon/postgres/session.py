@@ -89,6 +89,11 @@ class Session:
             # A server may default to SERIALIZABLE, under which the compare-and-set fails instead of waiting.
             await self.connection.execute("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
             await self.connection.execute(self.limits(timeout, local=False))
+            # What the server keeps of a client that vanished ends within half a minute, not after hours.
+            await self.connection.execute(
+                "SET SESSION tcp_keepalives_idle = 15; SET SESSION tcp_keepalives_interval = 5;"
+                " SET SESSION tcp_keepalives_count = 3"
+            )
         found = await schema.find_schema(self.connection, schema_name, table)
         await schema.check(self.connection, found, table)
         self.statements = Statements(found, table, create_missing)

@@ -196,10 +196,6 @@ class PostgresSink:
         connection, cursor = session.connection, session.cursor()
         await self._begin(session)
         await connection.execute(session.statements["stage"])
-        await cursor.execute(session.statements["advance"], _key(batch))
-        if await cursor.fetchone() is None:
-            await connection.rollback()
-            return await self._not_moved(session, batch)
         rows = encoding.StageRows()
         async with cursor.copy("COPY tracker_stage_v1 FROM STDIN (FORMAT BINARY)") as copy:
             copy.set_types(encoding.STAGE_TYPES)
@@ -207,6 +203,12 @@ class PostgresSink:
                 await copy.write_row(rows.row(delta))
                 if not number % _COPY_BREATH:
                     await anyio.lowlevel.checkpoint()  # lets go of the interpreter
+        # After the COPY: while the server waits for its rows no deadline runs there, and when the network goes then,
+        # a lock held would keep every later try away.
+        await cursor.execute(session.statements["advance"], _key(batch))
+        if await cursor.fetchone() is None:
+            await connection.rollback()
+            return await self._not_moved(session, batch)
         await cursor.execute(session.statements["merge_stage"], rows.parameters())
         row = await cursor.fetchone()
         await connection.execute("COMMIT")
