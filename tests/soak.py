@@ -94,6 +94,7 @@ class Soak:
         self.poisoned: set[str] = set()
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self._deck: list[str] = []
         self.registry = CollectorRegistry()
         self.forgotten_exactly = False
         self.verdict = Verdict()
@@ -126,6 +127,7 @@ class Soak:
         ]
         for caller in callers:
             caller.start()
+        self._poison(trackers[0], f"{POISON}-first")
         end = time.monotonic() + self.seconds
         next_word = time.monotonic() + 10
         while time.monotonic() < end:
@@ -153,11 +155,7 @@ class Soak:
         while not self._over.is_set():
             for _ in range(chance.randrange(1, 200)):
                 if chance.random() < 0.00002:
-                    thread_id = f"{POISON}-{chance.randrange(10**9)}"
-                    if tracker.record_turn(thread_id):
-                        with self._lock:
-                            self.poisoned.add(thread_id)
-                            self.calls += 1
+                    self._poison(tracker, f"{POISON}-{chance.randrange(10**9)}")
                     continue
                 with self._lock:
                     thread_id = f"t-{int(chance.paretovariate(0.7)) % 2_000}-{self.calls // 20_000}"
@@ -168,6 +166,13 @@ class Soak:
                 if not tracker.record_turn(thread_id, f"agent-{chance.randrange(5)}", tokens, 0.001):
                     self.met["rejected"] += 1
             self._over.wait(0.01)
+
+    def _poison(self, tracker: Tracker, thread_id: str) -> None:
+        """Call for a thread that the table will refuse."""
+        if tracker.record_turn(thread_id):
+            with self._lock:
+                self.poisoned.add(thread_id)
+                self.calls += 1
 
     # -- faults ------------------------------------------------------------------------------------
 
@@ -192,19 +197,22 @@ class Soak:
             ("database read-only", self._read_only),
             ("server restarted at once", self._restart),
         ]
-        if chance.random() < 0.8:
-            name, fault = chance.choice(quick)
-            proxy.arm(fault)
-            if name == "connections refused":
-                proxy.sever_all()
-            with suppress(TimeoutError):
-                proxy.wait_fired(3)
-                self.faults[name] += 1
-        else:
-            name, act = chance.choice(slow)
+        if not self._deck:
+            # Each kind in every round, the quick ones twice.
+            self._deck = [name for name, _ in [*quick, *quick, *slow]]
+            chance.shuffle(self._deck)
+        name = self._deck.pop()
+        if name in dict(slow):
             with suppress(psycopg.Error):
-                act(server)
+                dict(slow)[name](server)
                 self.faults[name] += 1
+            return
+        proxy.arm(dict(quick)[name])
+        if name == "connections refused":
+            proxy.sever_all()
+        with suppress(TimeoutError):
+            proxy.wait_fired(3)
+            self.faults[name] += 1
 
     def _admin(self, server: EmbeddedPostgres) -> psycopg.Connection[Any]:
         return psycopg.connect(server.conninfo, autocommit=True)

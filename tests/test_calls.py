@@ -24,8 +24,6 @@ from tracker_daemon.memory_sink import MemorySink
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tracker_daemon.backlog import Record
-
 
 class Idle(Tracker):  # type: ignore[misc]  # final for users; here the worker is taken out
     """A tracker whose worker never starts: what is accepted stays in the queue."""
@@ -41,9 +39,9 @@ class Idle(Tracker):  # type: ignore[misc]  # final for users; here the worker i
         return getattr(self, method)(*arguments, **named)
 
     @property
-    def queued(self) -> list[Record]:
+    def queued(self) -> list[tuple[Any, ...]]:
         """The calls in the queue, without their time stamps."""
-        return [record[:-1] for record in self._backlog.queue]  # type: ignore[misc]
+        return [record[:-1] for record in self._backlog.queue]
 
     def learn(self, *agents: str) -> None:
         """Make *agents* known to the fast path."""
@@ -326,7 +324,7 @@ def test_enumerations(tracker: Idle) -> None:
     """A member of a `StrEnum` is its value."""
     tracker.call("record_turn", Color.RED, Color.RED)
     assert tracker.queued == [("red", "red", 0, 0)]
-    assert type(tracker.queued[0][0]) is type(tracker.queued[0][1]) is str  # type: ignore[misc]
+    assert type(tracker.queued[0][0]) is type(tracker.queued[0][1]) is str
 
 
 @pytest.mark.parametrize(
@@ -338,7 +336,7 @@ def test_tokens(tracker: Idle, tokens: int) -> None:
     for value in (tokens, Index(tokens), Whole(tokens)):
         assert tracker.call("record_turn", "t", None, value)
     assert tracker.queued == [("t", None, tokens, 0)] * 3
-    assert all(type(record[2]) is int for record in tracker.queued)  # type: ignore[misc]
+    assert all(type(record[2]) is int for record in tracker.queued)
 
 
 GOOD_COSTS = [
@@ -354,7 +352,7 @@ def test_costs(tracker: Idle, cost: Any) -> None:
     for value in (cost, subclass(cost)):
         assert tracker.call("record_turn", "t", None, 0, value)
     assert tracker.queued == [("t", None, 0, cost)] * 2
-    assert all(type(record[3]) is type(cost) for record in tracker.queued)  # type: ignore[misc]
+    assert all(type(record[3]) is type(cost) for record in tracker.queued)
     assert calls.decimal(cost) == (Decimal(repr(cost)) if isinstance(cost, float) else cost)
 
 
@@ -445,7 +443,7 @@ def test_agents_known_to_the_fast_path_are_bounded() -> None:
     for number in range(3_000):
         assert tracker.call("record_turn", "t", f"agent{number}")
     assert len(tracker._agents) <= 1_025
-    assert len({record[1] for record in tracker.queued}) == 3_000  # type: ignore[misc]
+    assert len({record[1] for record in tracker.queued}) == 3_000
 
 
 # -- full and closed -------------------------------------------------------------------------------

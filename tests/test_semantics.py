@@ -20,6 +20,7 @@ from tests import reference_oracle as oracle
 from tests.conftest import run_migrate
 from tests.strategies import LONG, NOW, History, Process, histories, play, processes_of, short_names
 from tracker_daemon import SchemaError
+from tracker_daemon.errors import ConfigError
 from tracker_daemon.memory_sink import MemoryRow, MemorySink
 from tracker_daemon.postgres import encoding
 from tracker_daemon.postgres.connection import Connector
@@ -143,7 +144,7 @@ def with_ensures(records: Sequence[Record]) -> list[Record]:
 
     Where that call is an `ensure` already, the second one changes nothing.
     """
-    seen, found = set[str](), []
+    seen, found = set[str](), list["Record"]()
     for record in records:
         if record[0] not in seen:
             seen.add(record[0])
@@ -322,6 +323,62 @@ def _at(record: Record) -> int:
     return record[-1]
 
 
+NUMBERS = {
+    "the widest that COPY takes": (Decimal("9223372.036854775807"), 2**63 - 1, True),
+    "the lowest that COPY takes": (Decimal("-9223372.036854775807"), -(2**63) + 1, True),
+    "a cost past COPY's column": (Decimal("9223372.036854775808"), 0, False),
+    "thirteen digits after the point": (Decimal("0.0000000000001"), 0, False),
+    "the highest": (Decimal("9E+131071"), 0, False),
+    "the finest": (Decimal("-1E-16383"), 0, False),
+    "the smallest float": (5e-324, 0, False),
+    "the largest float": (1.7976931348623157e308, 0, False),
+}
+
+
+@pytest.mark.parametrize(("cost", "tokens", "fits"), NUMBERS.values(), ids=NUMBERS)
+def test_numbers_at_the_edges(world: World, cost: Any, tokens: int, fits: bool) -> None:
+    """What does not fit the columns of COPY goes as arrays, with everything else of its batch; rows are the same."""
+    history = one_window(("t", NOW), ("u", NOW), ("t", "a", tokens, cost, NOW), ("u", "b", 1, 0.1, NOW))
+    (process,) = world.play(history)
+    assert [encoding.fits_stage(batch.deltas) for batch in process.sent] == [fits]
+    assert_as_reference(world, history, world.reference(history.records))
+
+
+@pytest.mark.parametrize("thread_id", LONG, ids=lambda name: f"{len(name)} characters, {len(name.encode())} bytes")
+def test_long_names(world: World, thread_id: str) -> None:
+    """Ids that are longer than COPY's column go as arrays; rows are the same."""
+    history = one_window((thread_id, NOW), (thread_id, thread_id, 1, 1, NOW), (thread_id, thread_id, NOW), ("t", NOW))
+    (process,) = world.play(history)
+    assert [encoding.fits_stage(batch.deltas) for batch in process.sent] == [len(thread_id) <= 120]
+    assert_as_reference(world, history, world.reference(history.records))
+
+
+def test_a_sum_that_no_column_takes(world: World) -> None:
+    """Tokens past bigint: either form sets that thread aside as the same dead letter, and applies the rest."""
+    history = one_window(("t", "a", 2**63 - 1, 1, NOW), ("t", "a", 1, 1, NOW), ("u", "b", 1, 0.1, NOW))
+    arrays, copied, _ = world.sinks()
+    (process,) = world.runner.run(play(history, [arrays, copied]))
+    (outcome,) = process.outcomes
+    assert (outcome.rows, outcome.skipped) == (1, 0)
+    assert [(letter.delta.thread_id, letter.reason) for letter in outcome.dead_letters] == [("t", "overflow")]
+    shown = world.shown()
+    assert shown["arrays"] == shown["copied"]
+    assert list(shown["arrays"]) == ["u"]
+    books = process.backlog.books()
+    assert (sum(books.applied.values()), books.dead_lettered, books.queue_calls) == (1, {"overflow": 2}, 0)
+    letters = [
+        world.connection.execute(
+            sql.SQL("SELECT thread_id, sequence, sqlstate, delta FROM {}").format(
+                sql.Identifier(schema, "tracker_dead_letters")
+            )
+        ).fetchall()
+        for schema in ("arrays", "copied")
+    ]
+    assert letters[0] == letters[1]
+    assert letters[0][0][:3] == ("t", 1, "22003")
+    assert letters[0][0][3]["tokens"] == str(2**63)
+
+
 # -- every order of calls --------------------------------------------------------------------------
 
 KINDS = ("ensure", "turn", "resolve")
@@ -423,7 +480,7 @@ def flush_calls(conninfo: str, table: str, records: Sequence[Record], **options:
 def execute(conninfo: str, text: str) -> list[Any]:
     """Run one or more statements; return the rows of the last one."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
-        cursor = connection.execute(text)  # type: ignore[arg-type]  # text of the test's own
+        cursor = connection.execute(text)
         return cursor.fetchall() if cursor.description else []
 
 
@@ -460,7 +517,7 @@ def test_existing_rows(database: str) -> None:
         " ('late', '2020-01-01Z', '2099-01-02Z', 1, '{}', 1, 1, 'future', '2099-01-03Z')",
     )
     calls: list[Record] = [("t", NOW), ("t", "a", 1, 0.1, NOW), ("t", "c", 1, 0.1, NOW), ("t", "new", NOW)]
-    flush_calls(database, "conversations", [*calls, *(("late", *record[1:]) for record in calls)])  # type: ignore[list-item]
+    flush_calls(database, "conversations", [*calls, *(("late", *record[1:]) for record in calls)])
     with psycopg.connect(database) as connection:
         rows = oracle.rows(connection, "conversations")
     assert rows["t"][1:] == (
@@ -518,12 +575,19 @@ def test_names_of_tables(empty_database: str, table: str, copy_from: int) -> Non
         run_migrate(empty_database, "reference")
         oracle.write_through(connection, "reference.conversations", records)
         whole = sql.Identifier(schema or "public", name).as_string()
-        found = connection.execute(f"SELECT thread_id, total_tokens, turn_count FROM {whole}").fetchall()  # type: ignore[arg-type]
+        found = connection.execute(f"SELECT thread_id, total_tokens, turn_count FROM {whole}").fetchall()
         expected = oracle.rows(connection, "reference.conversations")
         ledger = sql.Identifier(schema or "public", "tracker_ledger")
         moved = connection.execute(sql.SQL("SELECT applied_sequence FROM {}").format(ledger)).fetchall()
     assert {row[0]: row[1:] for row in found} == {key: (row[4], row[2]) for key, row in expected.items()}
     assert moved == [(1,)]
+
+
+def test_percent_in_a_name() -> None:
+    """A name that the driver would take for a parameter is refused at once, not at every flush."""
+    for table in ('"100%"', '"%s".conversations'):
+        with pytest.raises(ConfigError, match="must not contain %"):
+            split_table(table)
 
 
 def test_two_tables_of_one_schema(empty_database: str) -> None:

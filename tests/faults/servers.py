@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -106,6 +108,26 @@ def cut_off(standby: EmbeddedPostgres) -> None:
 def promote(standby: EmbeddedPostgres) -> None:
     """Make the standby a primary."""
     assert query(standby.conninfo, "SELECT pg_promote()") == [(True,)]
+
+
+# -- processes that stand still ----------------------------------------------------------------------
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Keep a process from running, for as long as the block."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # The signal reaches one thread, and that one the others.
+        wait_until(lambda: all(state(task) in "tT" for task in Path(f"/proc/{pid}/task").iterdir()), "the stop")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def state(task: Path) -> str:
+    """Return the state of a thread, a letter."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 # -- calls, and what became of them ----------------------------------------------------------------

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -18,18 +15,19 @@ from psycopg_pool import AsyncConnectionPool
 from tests.digits import Digits
 from tests.faults.harness import PATIENCE, Errors, outcome, sums, tracking
 from tests.faults.proxy import Blackhole, Cut, Delay, FaultProxy
-from tests.faults.servers import Stream, folder_for_servers, server
+from tests.faults.servers import Stream, folder_for_servers, server, stopped
 from tests.helpers import command, ledger, query, refusing_port, running, wait_until
-from tracker_daemon import Tracker
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
 from tracker_daemon.sink import SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from prometheus_client import CollectorRegistry
 
+    from tracker_daemon import Tracker
     from tracker_daemon.embedded import EmbeddedPostgres
 
 NOWHERE = "host=127.0.0.1 port=1 user=postgres dbname=postgres"
@@ -72,23 +70,6 @@ def end_backends(admin: psycopg.Connection[Any]) -> None:
     """Have the tracker connect again."""
     for pid in backends(admin):
         admin.execute("SELECT pg_terminate_backend(%s)", [pid])
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Keep a process from running, for as long as the block."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        # The signal reaches one thread, and that one the others.
-        wait_until(lambda: all(state(task) in "tT" for task in Path(f"/proc/{pid}/task").iterdir()), "the stop")
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def state(task: Path) -> str:
-    """Return the state of a thread, a letter."""
-    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 # -- restarts --------------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ CEILINGS: Final[dict[Fault, list[float]]] = {
 }
 KINDS: Final = {"SchemaError": "schema", "RuntimeError": "other"}
 FAIL: Final = Outcome("fails")
-LONG_LIST: Final = 10**6
 
 
 class Extreme(Random):

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 SCENE, CONNINFO, SHUTDOWN_TIMEOUT = sys.argv[1], sys.argv[2], float(sys.argv[3])
 REGISTRY = CollectorRegistry()
 
+signals: list[int] = []
 reports: list[DrainReport] = []
-signals = 0
 
 
 def make(window: float) -> Tracker:
@@ -38,11 +38,10 @@ def make(window: float) -> Tracker:
 def handle_with(tracker: Tracker) -> None:
     """Close *tracker* at a signal; at a second one without waiting any more."""
 
-    def handle(*_: object) -> None:
-        global signals
-        signals += 1
-        say("closing", signals=signals)
-        reports.append(tracker.close() if signals == 1 else tracker.close(0))
+    def handle(number: int, _: object) -> None:
+        signals.append(number)
+        say("closing", signals=len(signals))
+        reports.append(tracker.close() if len(signals) == 1 else tracker.close(0))
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
@@ -116,10 +115,10 @@ def calling() -> tuple[Tracker, int]:
     counts = [0, 0, 0]
 
     def work(place: int) -> None:
-        while tracker.record_turn(f"w-{place}", "agent", 1):
-            counts[place] += 1
-            if place and not counts[place] % 50:
-                breath.wait(0.001)
+        while not tracker.closed:
+            counts[place] += tracker.record_turn(f"w-{place}", "agent", 1)
+            if place or not counts[place] % 50:
+                breath.wait(0.0002)  # without it the main thread alone fills the queue
 
     breath = threading.Event()
     threads = [threading.Thread(target=work, args=(i,)) for i in (1, 2)]
@@ -129,6 +128,7 @@ def calling() -> tuple[Tracker, int]:
     work(0)
     for thread in threads:
         thread.join()
+    turns(tracker, 2)  # too late, both
     return tracker, sum(counts)
 
 
@@ -206,7 +206,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     tracker, accepted = {scene.__name__: scene for scene in SCENES}[SCENE]()
     stats: dict[str, Any] = asdict(tracker.stats())
-    say("main", counted=accepted, stats=stats, reports=[asdict(report) for report in reports], signals=signals)
+    say("main", counted=accepted, stats=stats, reports=[asdict(report) for report in reports], signals=len(signals))
 
 
 if __name__ == "__main__":
