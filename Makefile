@@ -19,14 +19,14 @@ demo: .venv/installed  ## embedded Postgres, live chat traffic, and a verdict on
 	$(BIN)/tracker-daemon demo $(ARGS)
 
 test: .venv/installed  ## the whole suite on a real Postgres, a few minutes
-	$(BIN)/python -X dev -m pytest $(ARGS)
+	$(BIN)/python -X dev -m pytest -n 2 --dist worksteal $(ARGS)
 
 soak: .venv/installed  ## faults for SECONDS=60, then: calls made, lost, doubled
 	$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
 
 cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest --cov=tracker_daemon --cov-branch --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=tracker_daemon --cov-branch --cov-report=term $(ARGS)
 
 lint: .venv/installed  ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -197,6 +197,8 @@ class Recording:
         """See `Sink.aclose`."""
         await self.inner.aclose(producer, lane, clean=clean)
 
-    def after(self, epoch: int, sequence: int) -> list[dict[str, int]]:
-        """Return the batches of one epoch that were acknowledged after *sequence*."""
-        return [held for (e, s), held in self.acknowledged.items() if e == epoch and s > sequence]
+    def forgotten(self, kept: int) -> list[dict[str, int]]:
+        """Return the batches that a database forgot which has those to *kept* of the first life, and all of the last."""
+        first, last = self.opened[0].epoch, self.opened[-1].epoch
+        held = self.acknowledged.items()
+        return [tokens for (epoch, n), tokens in held if not (epoch == last or (epoch == first and n <= kept))]

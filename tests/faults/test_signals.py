@@ -22,7 +22,7 @@ PATIENT = 45.0
 FOREVER = "600"
 """A shutdown deadline that no test waits for."""
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+STATES = pytest.mark.parametrize(("scene", "number"), [("flushing", signal.SIGTERM), ("in_flush", signal.SIGINT)])
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +95,15 @@ def someone_waits(database: str) -> bool:
     return bool(query(database, statement))
 
 
-@BOTH
-@pytest.mark.parametrize(("scene", "calls", "drained"), [("unused", 0, 0), ("idle", 100, 0), ("window", 1_000, 1_000)])
+@pytest.mark.parametrize(
+    ("scene", "calls", "drained", "number"),
+    [
+        ("unused", 0, 0, signal.SIGTERM),
+        ("idle", 100, 0, signal.SIGTERM),
+        ("window", 1_000, 1_000, signal.SIGTERM),
+        ("window", 1_000, 1_000, signal.SIGINT),
+    ],
+)
 def test_signal_while_nothing_is_in_the_way(
     database: str, number: Signals, scene: str, calls: int, drained: int
 ) -> None:
@@ -109,13 +116,12 @@ def test_signal_while_nothing_is_in_the_way(
     assert said["stats"]["applied"] == calls == turns(database)
 
 
-@BOTH
-def test_signal_in_the_middle_of_a_call(database: str, number: Signals) -> None:
+def test_signal_in_the_middle_of_a_call(database: str) -> None:
     """The handler interrupts a call of the main thread while others call: what returned True is applied or counted."""
     with playing("calling", database) as program:
         program.wait_for("ready")
         wait_until(lambda: turns(database) > 500, "some flushes")
-        program.send(number)
+        program.send(signal.SIGTERM)
         said = program.end()
     stats = said["stats"]
     # The interrupted call itself goes on only when the close is over: it may be too late.
@@ -124,8 +130,7 @@ def test_signal_in_the_middle_of_a_call(database: str, number: Signals) -> None:
     assert stats["applied"] == turns(database) > 500
 
 
-@BOTH
-@pytest.mark.parametrize("scene", ["flushing", "in_flush"])
+@STATES
 def test_signal_during_a_flush_that_ends(database: str, number: Signals, scene: str) -> None:
     """A flush that is held up when the signal comes, and goes on before the deadline: all is applied."""
     with playing(scene, database) as program:
@@ -145,8 +150,7 @@ def test_signal_during_a_flush_that_ends(database: str, number: Signals, scene: 
     assert said["stats"]["applied"] == turns(database)
 
 
-@BOTH
-@pytest.mark.parametrize("scene", ["flushing", "in_flush"])
+@STATES
 def test_signal_during_a_flush_that_does_not_end(database: str, number: Signals, scene: str) -> None:
     """A flush that is held up past the deadline: the program ends all the same, and says what it could not keep."""
     with playing(scene, database, "0.5") as program:
@@ -164,22 +168,20 @@ def test_signal_during_a_flush_that_does_not_end(database: str, number: Signals,
     assert said["stats"]["applied"] <= turns(database) <= said["stats"]["accepted"]
 
 
-@BOTH
-def test_signal_while_the_database_is_down(number: Signals) -> None:
+def test_signal_while_the_database_is_down() -> None:
     """Nobody listens: the drain tries until the deadline, and everything is reported as lost."""
     with refusing_port() as port:
         conninfo = f"host=127.0.0.1 port={port} user=postgres dbname=postgres"
         with playing("window", conninfo, "0.5") as program:
             program.wait_for("ready")
-            program.send(number)
+            program.send(signal.SIGTERM)
             said = program.end()
     assert [report["lost"] for report in said["reports"]] == [1_000]
     assert said["stats"]["applied"] == 0
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
-@pytest.mark.parametrize("scene", ["flushing", "in_flush"])
-def test_second_signal_cuts_the_drain_short(database: str, scene: str, numbers: tuple[Signals, Signals]) -> None:
+@STATES
+def test_second_signal_cuts_the_drain_short(database: str, scene: str, number: Signals) -> None:
     """The first handler waits for minutes; the second one's `close(0)`, inside it, ends the drain for both."""
     with playing(scene, database) as program:
         program.wait_for("flushed")
@@ -187,9 +189,9 @@ def test_second_signal_cuts_the_drain_short(database: str, scene: str, numbers: 
             program.go_on()
             program.wait_for("ready")
             wait_until(lambda: someone_waits(database), "a flush that waits")
-            program.send(numbers[0])
+            program.send(signal.SIGTERM)
             program.wait_for("closing", signals=1)
-            program.send(numbers[1])
+            program.send(number)
             program.wait_for("closing", signals=2)
             said = program.end()
     assert said["signals"] == 2
@@ -238,12 +240,11 @@ def test_signal_during_a_scrape(database: str) -> None:
     assert turns(database) == 111
 
 
-@BOTH
-def test_signal_in_asyncio(database: str, number: Signals) -> None:
+def test_signal_in_asyncio(database: str) -> None:
     """`loop.add_signal_handler` and `aclose` drain as well."""
     with playing("in_asyncio", database) as program:
         program.wait_for("ready")
-        program.send(number)
+        program.send(signal.SIGTERM)
         said = program.end()
     assert [report["applied"] for report in said["reports"]] == [500]
     assert turns(database) == 500
