@@ -40,15 +40,20 @@ def postgres(server_folder: Path) -> Iterator[EmbeddedPostgres]:
         yield server
 
 
-@pytest.fixture
-def empty_database(postgres: EmbeddedPostgres) -> Iterator[str]:
-    """The conninfo of a new, empty database, dropped afterwards."""
+def _database(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
     name = f"t_{uuid4().hex[:12]}"
+    statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
     with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        connection.execute(statement)
     yield psycopg.conninfo.make_conninfo(postgres.conninfo, dbname=name)
     with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
         connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def empty_database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The conninfo of a new, empty database, dropped afterwards."""
+    yield from _database(postgres, "template1")
 
 
 async def _migrate(conninfo: str, schema: str | None = None, table: str = "conversations") -> list[str]:
@@ -61,11 +66,19 @@ def run_migrate(conninfo: str, schema: str | None = None, table: str = "conversa
     return anyio.run(_migrate, conninfo, schema, table)
 
 
+@pytest.fixture(scope="session")
+def template(postgres: EmbeddedPostgres) -> str:
+    """The name of a database with the tables, of which the tests get copies."""
+    with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE tracker_template")
+    run_migrate(psycopg.conninfo.make_conninfo(postgres.conninfo, dbname="tracker_template"))
+    return "tracker_template"
+
+
 @pytest.fixture
-def database(empty_database: str) -> str:
-    """The conninfo of a new database with the tables."""
-    run_migrate(empty_database)
-    return empty_database
+def database(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
+    """The conninfo of a new database with the tables, dropped afterwards."""
+    yield from _database(postgres, template)
 
 
 @pytest.fixture

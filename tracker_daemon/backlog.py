@@ -208,7 +208,7 @@ class Backlog:
 
     def close(self) -> None:
         """Accept nothing more. The gate is raised under the lock alone, so it stays shut."""
-        with self._turn, self.lock:
+        with self.lock, self._turn:
             self.closed = True
             self.gate = 0
 

@@ -178,17 +178,18 @@ class FrontDoor:
         except InvalidCall:
             self._refusals.add("invalid")
             raise
-        backlog = self._backlog
-        if len(backlog.queue) < backlog.gate:
-            backlog.queue.append(record)
-            return True
         return self._enter(record)
 
     def _enter(self, record: Record) -> bool:
         """Append a validated call, unless closed or full; see to it that a worker looks at it."""
+        backlog = self._backlog
+        if len(backlog.queue) < backlog.gate:
+            backlog.queue.append(record)
+            return True
         if os.getpid() != self._pid:
             self._after_fork()
-        bound = self._backlog.enter(record)
+            backlog = self._backlog
+        bound = backlog.enter(record)
         if bound == "closed":
             self._refusals.add("closed")
             if self._raise:
@@ -200,7 +201,7 @@ class FrontDoor:
             return True
         self._refusals.add("full")
         if self._raise:
-            raise QueueFull(bound, getattr(self._backlog, bound))
+            raise QueueFull(bound, getattr(backlog, bound))
         return False
 
     def _after_fork(self) -> None:

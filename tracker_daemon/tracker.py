@@ -325,6 +325,8 @@ class Tracker(FrontDoor):
 
     def at_exit(self) -> None:
         """The process ends: drain."""
+        self._stop(self._settings.shutdown_timeout)
+        self._worker.run_here()
         self.close()
 
     def at_fork(self) -> None:

@@ -141,6 +141,13 @@ class Worker:
                 self._may_start.append(True)
                 raise
 
+    def run_here(self) -> None:
+        """Do the thread's work in the caller's, if no thread could be started: CPython 3.12 starts none at exit."""
+        if self._may_start and not self.finished.done():
+            self._may_start.clear()
+            self._run()
+            self.ident = None
+
     def wake(self) -> None:
         """Have the worker look around now; start it if need be."""
         self._woken = True

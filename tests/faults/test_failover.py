@@ -268,9 +268,12 @@ def test_restored_backup(
             with Stream(tracker, digits) as stream:
                 for times in (1, 2):
                     flush_calls(tracker, digits, 4)
-                    postgres.stop()
+                    postgres.stop("immediate")
                     shutil.rmtree(folder / "pg" / "data")
-                    copy(folder / "backup", folder / "pg" / "data")
+                    if times == 1:
+                        copy(folder / "backup", folder / "pg" / "data")
+                    else:
+                        (folder / "backup").rename(folder / "pg" / "data")
                     stream.more()
                     postgres.start()
                     stream.more()

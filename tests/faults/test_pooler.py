@@ -307,6 +307,25 @@ def test_pool_taken_by_somebody_else(pooled: str, database: str, errors: Errors,
 
 
 @needs_pgbouncer
+def test_table_locked_behind_the_pooler(
+    pooled: str, database: str, errors: Errors, registry: CollectorRegistry
+) -> None:
+    """The server's own deadlines hold in the pool's connection, for our transactions and for nobody else's."""
+    digits = Digits()
+    with tracking(sink_of(pooled, timeout=2), errors, registry) as tracker, psycopg.connect(database) as locker:
+        call(tracker, digits, 1)
+        tracker.flush(PATIENCE)
+        locker.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
+        call(tracker, digits, 2)
+        errors.wait_for_kind("lock")
+        locker.rollback()
+        tracker.flush(PATIENCE)
+        assert query(pooled, "SELECT current_setting('lock_timeout')") == [("0",)]
+    assert {getattr(error, "kind", None) for error in errors.seen} == {"lock"}
+    assert digits.read(sums(database)).exact
+
+
+@needs_pgbouncer
 def test_late_flush_behind_the_pooler(
     folder: Path, database: str, name: str, errors: Errors, registry: CollectorRegistry
 ) -> None:

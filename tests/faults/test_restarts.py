@@ -12,6 +12,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
+from tests.conftest import run_migrate
 from tests.digits import Digits
 from tests.faults.harness import PATIENCE, Errors, outcome, sums, tracking
 from tests.faults.proxy import Blackhole, Cut, Delay, FaultProxy
@@ -40,6 +41,13 @@ def postgres() -> Iterator[EmbeddedPostgres]:
     """A server of these tests' own, which they may kill; it writes to the disk in earnest."""
     with folder_for_servers() as folder, server(folder / "pg") as running_server:
         yield running_server
+
+
+@pytest.fixture
+def database(empty_database: str) -> str:
+    """The conninfo of a new database with the tables, on that server."""
+    run_migrate(empty_database)
+    return empty_database
 
 
 def sink_of(conninfo: str | Callable[[], str], timeout: float = 30.0, copy_from: int = ARRAYS) -> PostgresSink:

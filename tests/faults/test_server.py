@@ -12,11 +12,11 @@ from tests.conftest import run_migrate
 from tests.faults.harness import Errors, tracking
 from tracker_daemon import FlushTimeout, SchemaError, Tracker
 from tracker_daemon.postgres.connection import Connector
+from tracker_daemon.postgres.dead_letters import from_json
 from tracker_daemon.postgres.sink import PostgresSink
 from tracker_daemon.sink import LedgerMissing, SinkFault
 
 if TYPE_CHECKING:
-
     from prometheus_client import CollectorRegistry
 
     from tracker_daemon.embedded import EmbeddedPostgres
@@ -446,3 +446,101 @@ def test_halving_costs_two_log_n(
         tracker.flush(60)
     assert letters(admin) == [("t-500", "23514")]
     assert 11 <= merges <= 2 * 10 + 1
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+def test_database_that_does_not_hold_every_character(
+    postgres: EmbeddedPostgres, errors: Errors, registry: CollectorRegistry, encoding: str
+) -> None:
+    """What the database's encoding lacks costs that thread alone; its letter is kept, in ASCII, and says all."""
+    name = f"enc_{encoding.lower()}"
+    with psycopg.connect(postgres.conninfo, autocommit=True) as maker:
+        maker.execute(
+            sql.SQL("CREATE DATABASE {} ENCODING {} TEMPLATE template0 LOCALE 'C'").format(
+                sql.Identifier(name), encoding
+            )
+        )
+    conninfo = psycopg.conninfo.make_conninfo(postgres.conninfo, dbname=name)
+    try:
+        run_migrate(conninfo)
+        with psycopg.connect(conninfo, autocommit=True, client_encoding="UTF8") as admin:
+            admin.execute("ALTER TABLE conversations ADD CHECK (thread_id NOT LIKE 'bad%')")
+            with tracking(f"{conninfo} client_encoding=LATIN1", errors, registry) as tracker:
+                turns(tracker, "good", "smile-😀", "bad-\\ü", "bad-\\xfc")
+                tracker.flush(60)
+            found = [row[0] for row in admin.execute("SELECT delta FROM tracker_dead_letters").fetchall()]
+            threads = {from_json(delta).thread_id for delta in found}
+            assert {"bad-\\ü", "bad-\\xfc"} <= threads
+            assert ("smile-😀" in threads) == (encoding != "SQL_ASCII")
+            assert rows(admin).keys() >= {"good"}
+    finally:
+        with psycopg.connect(postgres.conninfo, autocommit=True) as maker:
+            maker.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "quote_all_identifiers = on",
+        "array_nulls = off",
+        "transaction_timeout = '40ms'",
+        "statement_timeout = '1ms'",
+        "lock_timeout = '1ms'",
+        "standard_conforming_strings = off",
+        "default_transaction_deferrable = on",
+        "\"DateStyle\" = 'German'",
+        "\"IntervalStyle\" = 'sql_standard'",
+        "\"TimeZone\" = 'America/St_Johns'",
+        "plan_cache_mode = force_generic_plan",
+        "row_security = off",
+    ],
+)
+def test_odd_settings_of_the_database(
+    database: str, admin: psycopg.Connection[Any], errors: Errors, registry: CollectorRegistry, setting: Any
+) -> None:
+    """What a database's settings make of sessions does not reach the flush."""
+    name = sql.Identifier(admin.info.dbname)
+    admin.execute(sql.SQL("ALTER DATABASE {} SET " + setting).format(name))
+    sink = PostgresSink(Connector(database), (None, "conversations"), copy_from=2_000)
+    with tracking(sink, errors, registry) as tracker:
+        for count in (20, 3_000):
+            for i in range(count):
+                assert tracker.record_turn(f"t-{i}", None if i % 2 else "agent", 1)
+            tracker.resolve("t-0", "done")
+            tracker.flush(60)
+    assert [error for error in errors.seen if "timeout" not in str(error)] == []
+    assert sum(found[0] for found in rows(admin).values()) == 3_020
+    assert letters(admin) == []
+
+
+@pytest.mark.parametrize("state", ["TR001", "P0002", "23514", "42703"])
+def test_trigger_with_a_sqlstate_of_its_own(
+    database: str, admin: psycopg.Connection[Any], errors: Errors, registry: CollectorRegistry, state: str
+) -> None:
+    """What a trigger raises is about the row, under whatever SQLSTATE."""
+    _trigger(admin, f"IF NEW.thread_id = 'bad' THEN RAISE 'no' USING errcode = '{state}'; END IF; RETURN NEW;")
+    with tracking(database, errors, registry) as tracker:
+        turns(tracker, "a", "bad", "c")
+        tracker.flush(60)
+    assert letters(admin) == [("bad", state)]
+    assert rows(admin) == {"a": (1, 1), "c": (1, 1)}
+
+
+def test_role_without_temporary_tables(
+    database: str, admin: psycopg.Connection[Any], errors: Errors, registry: CollectorRegistry
+) -> None:
+    """Large batches go as arrays where temporary tables are not allowed."""
+    role = "plain_" + admin.info.dbname
+    name, base = sql.Identifier(role), sql.Identifier(admin.info.dbname)
+    admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(name))
+    admin.execute(sql.SQL("GRANT ALL ON ALL TABLES IN SCHEMA public TO {}").format(name))
+    admin.execute(sql.SQL("REVOKE TEMPORARY ON DATABASE {} FROM PUBLIC").format(base))
+    try:
+        with tracking(psycopg.conninfo.make_conninfo(database, user=role), errors, registry) as tracker:
+            turns(tracker, *(f"t-{i}" for i in range(6_000)))
+            tracker.flush(60)
+        assert len(rows(admin)) == 6_000
+        assert errors.seen == []
+    finally:
+        admin.execute(sql.SQL("DROP OWNED BY {}").format(name))
+        admin.execute(sql.SQL("DROP ROLE {}").format(name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import anyio
 
 T = TypeVar("T")
-START = 1_700_000_000.0
+START: Final = 1_700_000_000.0
 """Seconds since 1970 when a clock is made."""
+MOST_PAUSES: Final = 10_000
+"""What takes more never ends."""
 
 
 @types.coroutine
@@ -73,6 +75,7 @@ class Driven:
 
     def __init__(self, coroutine: Coroutine[Any, None, object]) -> None:
         self._coroutine = coroutine
+        self._pauses = 0
         self.at: str | None = None
         self.resume()
 
@@ -86,15 +89,19 @@ class Driven:
 
     def _go(self, step: Any) -> None:
         self.at = None
+        self._pauses += 1
+        assert self._pauses < MOST_PAUSES, f"it is still running after {MOST_PAUSES} pauses"
         with suppress(StopIteration):
             self.at = step()
 
 
 def run(coroutine: Coroutine[Any, None, T]) -> T:
-    """Run *coroutine* through all its pauses; return what it returns."""
-    while True:
+    """Run *coroutine* through all its pauses, `MOST_PAUSES` at most; return what it returns."""
+    for _ in range(MOST_PAUSES):
         try:
             coroutine.send(None)
         except StopIteration as end:
             result: T = end.value
             return result
+    coroutine.close()
+    raise AssertionError(f"it is still running after {MOST_PAUSES} pauses")

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULTS: Final[dict[str, str | int]] = {
     "application_name": "tracker-daemon",
-    "client_encoding": "UTF8",
     "connect_timeout": 10,
     "keepalives_idle": 15,
     "keepalives_interval": 5,
@@ -108,7 +107,7 @@ class Connector:
         # A service file may set any of them, which is not seen here.
         defaults = {} if "service" in parameters else DEFAULTS
         connection: psycopg.AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
-            **{**defaults, **parameters}, autocommit=True, **driver
+            **{**defaults, **parameters, "client_encoding": "UTF8"}, autocommit=True, **driver
         )
         if self._configure is not None:
             try:

@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -16,12 +17,12 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from tracker_daemon.delta import ThreadDelta
-from tracker_daemon.postgres import encoding
+from tracker_daemon.postgres import encoding, faults
+from tracker_daemon.sink import DeadLetter
 
 if TYPE_CHECKING:
     from tracker_daemon.batch import Batch
     from tracker_daemon.postgres.session import Session
-    from tracker_daemon.sink import DeadLetter
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -54,6 +55,8 @@ def as_json(delta: ThreadDelta) -> dict[str, Any]:
 
 def from_json(value: dict[str, Any]) -> ThreadDelta:
     """Return the delta that `as_json` wrote."""
+    if "escaped" in value:
+        value = json.loads(value["escaped"])
     delta = ThreadDelta(value["thread_id"], _microseconds(value["first_at"]) or 0)
     delta.ensures, delta.turns, delta.resolves = value["ensures"], value["turns"], value["resolves"]
     delta.tokens = int(value["tokens"])
@@ -65,6 +68,19 @@ def from_json(value: dict[str, Any]) -> ThreadDelta:
     return delta
 
 
+def _storable(session: Session, text: str) -> str:
+    """Return *text*, or where the database cannot hold every character, its ASCII with the rest escaped, one to one."""
+    if session.is_unicode:
+        return text
+    return text.replace("\\", "\\\\").encode("ascii", "backslashreplace").decode()
+
+
+def _stored_delta(session: Session, delta: ThreadDelta) -> Jsonb:
+    value = as_json(delta)
+    # jsonb turns \u escapes into characters; inside a string they stay what they are.
+    return Jsonb(value if session.is_unicode else {"escaped": json.dumps(value)})
+
+
 async def bury(session: Session, batch: Batch, letters: list[DeadLetter]) -> None:
     """Store *letters* in the transaction of their batch."""
     if letters:
@@ -73,14 +89,24 @@ async def bury(session: Session, batch: Batch, letters: list[DeadLetter]) -> Non
                 "producer": batch.producer,
                 "lane": batch.lane,
                 "sequence": batch.sequence,
-                "thread_id": letter.delta.thread_id,
-                "delta": Jsonb(as_json(letter.delta)),
+                "thread_id": _storable(session, letter.delta.thread_id),
+                "delta": _stored_delta(session, letter.delta),
                 "sqlstate": letter.sqlstate,
-                "error": letter.error,
+                "error": _storable(session, letter.error),
             }
             for letter in letters
         ]
         await session.cursor().executemany(session.statements["bury"], parameters)
+
+
+async def dead_letters_of(session: Session, batch: Batch) -> tuple[DeadLetter, ...]:
+    """Return the letters that an earlier try of *batch* left behind."""
+    cursor = session.cursor()
+    key = {"producer": batch.producer, "lane": batch.lane, "sequence": batch.sequence}
+    await cursor.execute(session.statements["letters_of_batch"], key)
+    found = {thread_id: (state, error) for thread_id, state, error in await cursor.fetchall()}
+    told = [(delta, found.get(_storable(session, delta.thread_id))) for delta in batch.deltas]
+    return tuple(DeadLetter(delta, faults.reason_of_state(why[0]), *why) for delta, why in told if why is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +120,7 @@ class StoredLetter:
     delta: dict[str, Any]
     sqlstate: str
     error: str
-    at: datetime
+    at: str
 
 
 async def stored(session: Session, thread_id: str | None, limit: int | None = None) -> list[StoredLetter]:
@@ -123,7 +149,7 @@ async def retry(session: Session, thread_id: str | None) -> tuple[int, int]:
             if session.connection.broken:
                 raise
             refused += 1
-            reason = {"sqlstate": error.sqlstate or "", "error": " ".join(str(error).split())}
+            reason = {"sqlstate": error.sqlstate or "", "error": _storable(session, " ".join(str(error).split()))}
             await session.connection.execute(session.statements["mark_letter"], {**key, **reason})
         else:
             applied += taken is not None

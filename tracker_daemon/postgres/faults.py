@@ -24,8 +24,6 @@ _BY_STATE: Final[dict[str, FaultKind]] = {
     "57P05": "connection",  # idle_session_timeout
     "25P03": "connection",  # idle_in_transaction_session_timeout
     "25P04": "timeout",  # transaction_timeout
-    "P0001": "data",  # raise_exception, in a trigger
-    "P0004": "data",  # assert_failure
     "3D000": "auth",  # the database does not exist
     "3F000": "schema",  # the schema does not exist
     "0A000": "schema",  # feature_not_supported: a view, a rule
@@ -38,12 +36,14 @@ _BY_CLASS: Final[dict[str, FaultKind]] = {
     "22": "data",
     "23": "data",
     "44": "data",  # with_check_option_violation
+    "P0": "data",  # of a trigger in PL/pgSQL
     "54": "data",  # program_limit_exceeded: an index row too long
     "28": "auth",
     "42": "schema",
     "53": "capacity",
     "57": "connection",
 }
+_RAISED: Final = "exec_stmt_raise"
 _ROW_REFUSED: Final = "ExecWithCheckOptions"
 # A connection that is refused has no SQLSTATE in libpq, only the server's words.
 _BY_WORDS: Final[tuple[tuple[str, FaultKind], ...]] = (
@@ -78,6 +78,8 @@ def _kind_of_driver(error: psycopg.Error) -> FaultKind:
     state = error.sqlstate
     if isinstance(error, psycopg.errors.InsufficientPrivilege) and error.diag.source_function == _ROW_REFUSED:
         return "data"  # row-level security refuses this row, not the table
+    if state and error.diag.source_function == _RAISED:
+        return "data"  # RAISE in a trigger, under whatever SQLSTATE its author chose
     if state:
         return _BY_STATE.get(state) or _BY_CLASS.get(state[:2], "other")
     if isinstance(error, psycopg.errors.ConnectionTimeout):

@@ -76,10 +76,11 @@ async def faults_of(connection: AsyncConnection[Any], schema: str, table: str) -
         found.append(f"table {schema}.{table} does not exist")
     else:
         for name, types in COLUMNS.items():
+            wanted = " or ".join(types)
             if name not in columns:
-                found.append(f"column {schema}.{table}.{name} is missing; it must be {' or '.join(types)}")
+                found.append(f"column {schema}.{table}.{name} is missing; it must be {wanted}")
             elif columns[name] not in types:
-                found.append(f"column {schema}.{table}.{name} is {columns[name]}; it must be {' or '.join(types)}")
+                found.append(f"column {schema}.{table}.{name} is {columns[name]}; it must be {wanted}")
         if not found and not await _has_unique_thread_id(connection, schema, table):
             found.append(
                 f"table {schema}.{table} has no primary key or unique index, not deferrable, on (thread_id) alone"
@@ -174,7 +175,8 @@ async def _schema_exists(connection: AsyncConnection[Any], schema: str) -> bool:
 async def _columns(connection: AsyncConnection[Any], schema: str, table: str) -> dict[str, str] | None:
     cursor = connection.cursor(row_factory=tuple_row)
     await cursor.execute(
-        "SELECT a.attname, format_type(a.atttypid, NULL)"
+        # quote_all_identifiers, where it is on, reaches into format_type.
+        "SELECT a.attname, replace(format_type(a.atttypid, NULL), '\"', '')"
         " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
         " WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'f', 'v')",

@@ -37,12 +37,14 @@ class Session:
         connection: in autocommit.
         statements: for the table that was found.
         pooled: whether a pooler is in between.
+        may_stage: whether large batches may go by a temporary table: not behind a pooler, nor without the right to it.
     """
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self.connection = connection
         self.statements: Statements
         self.pooled = False
+        self.may_stage = False
         self.overdue = False
         """Whether the deadline of an exchange has passed, and with it the connection."""
 
@@ -88,12 +90,14 @@ class Session:
         else:
             # A server may default to SERIALIZABLE, under which the compare-and-set fails instead of waiting.
             await self.connection.execute("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
-            await self.connection.execute(self.limits(timeout, local=False))
+            await self.connection.execute(self.rules(timeout, local=False))
             # What the server keeps of a client that vanished ends within half a minute, not after hours.
             await self.connection.execute(
                 "SET SESSION tcp_keepalives_idle = 15; SET SESSION tcp_keepalives_interval = 5;"
                 " SET SESSION tcp_keepalives_count = 3"
             )
+        await cursor.execute("SELECT has_database_privilege(current_database(), 'TEMPORARY')", prepare=False)
+        self.may_stage = not self.pooled and await cursor.fetchone() == (True,)
         found = await schema.find_schema(self.connection, schema_name, table)
         await schema.check(self.connection, found, table)
         self.statements = Statements(found, table, create_missing)
@@ -102,16 +106,31 @@ class Session:
         """Return a cursor whose rows are tuples, whatever the connection was configured for."""
         return self.connection.cursor(row_factory=tuple_row)
 
-    def limits(self, seconds: float, *, local: bool) -> sql.Composed:
-        """Return the statements that set the server's deadlines, for the session or for one transaction.
+    def rules(self, seconds: float, *, local: bool) -> sql.Composed:
+        """Return the statements that set what the flush relies on, for the session or for one transaction.
 
-        When the network goes in the middle, the server lets go of the ledger's row by them: the next try waits for it.
+        Deadlines: when the network goes in the middle, the server lets go of the ledger's row by them, which the next
+        try waits for. A role or a database may have set any of these to something else.
         """
-        scope, whole = sql.SQL("LOCAL" if local else "SESSION"), max(1, round(seconds * 1_000))
-        return sql.SQL(
-            "SET {scope} statement_timeout = {whole}; SET {scope} lock_timeout = {half};"
-            " SET {scope} idle_in_transaction_session_timeout = {whole}"
-        ).format(scope=scope, whole=sql.Literal(whole), half=sql.Literal(max(1, whole // 2)))
+        whole = max(1, round(seconds * 1_000))
+        settings: dict[str, int | str] = {
+            "statement_timeout": whole,
+            "lock_timeout": max(1, whole // 2),
+            "idle_in_transaction_session_timeout": whole,
+            "array_nulls": "on",
+        }
+        if self.connection.info.server_version >= 170_000:
+            settings["transaction_timeout"] = 0
+        scope = sql.SQL("LOCAL" if local else "SESSION")
+        return sql.SQL("; ").join(
+            sql.SQL("SET {} {} = {}").format(scope, sql.Identifier(name), sql.Literal(value))
+            for name, value in settings.items()
+        )
+
+    @property
+    def is_unicode(self) -> bool:
+        """Whether the database holds every character."""
+        return self.connection.info.parameter_status("server_encoding") == "UTF8"
 
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:

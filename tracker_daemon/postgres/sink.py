@@ -18,7 +18,7 @@ import anyio.lowlevel
 
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
-from tracker_daemon.postgres.dead_letters import bury
+from tracker_daemon.postgres.dead_letters import bury, dead_letters_of
 from tracker_daemon.postgres.session import Session
 from tracker_daemon.sink import Applied, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
@@ -176,7 +176,7 @@ class PostgresSink:
         return await self._flush_apart(session, batch)
 
     def _by_copy(self, session: Session, deltas: Sequence[ThreadDelta]) -> bool:
-        return len(deltas) >= self._copy_from and not session.pooled and encoding.fits_stage(deltas)
+        return len(deltas) >= self._copy_from and session.may_stage and encoding.fits_stage(deltas)
 
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
         cursor = session.cursor()
@@ -220,7 +220,7 @@ class PostgresSink:
         # In a pipeline that the network has cut in two it would hold the ledger's row for ever.
         await session.connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
         if session.pooled:
-            await session.connection.execute(session.limits(self._timeout, local=True))
+            await session.connection.execute(session.rules(self._timeout, local=True))
 
     def _applied(self, batch: Batch, sent: int, merged: int, dead: tuple[DeadLetter, ...] = ()) -> Applied:
         return Applied(rows=merged, skipped=len(batch.deltas) - sent - len(dead), dead_letters=dead)
@@ -237,13 +237,7 @@ class PostgresSink:
         if epoch > batch.epoch or (epoch == batch.epoch and applied > batch.sequence):
             raise Fenced(producer, batch.lane, batch.epoch, epoch)
         if epoch == batch.epoch and applied == batch.sequence:
-            await cursor.execute(session.statements["letters_of_batch"], _key(batch))
-            letters = {thread_id: (state, text) for thread_id, state, text in await cursor.fetchall()}
-            dead = tuple(
-                DeadLetter(delta, faults.reason_of_state(letters[delta.thread_id][0]), *letters[delta.thread_id])
-                for delta in batch.deltas
-                if delta.thread_id in letters
-            )
+            dead = await dead_letters_of(session, batch)
             return Applied(rows=0, duplicate=True, dead_letters=dead)
         raise LedgerRegressed(producer, batch.lane, batch.sequence - 1, applied)
 
