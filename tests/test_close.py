@@ -539,7 +539,8 @@ def test_flush_in_vain(trackers: Trackers) -> None:
     with pytest.raises(FlushTimeout, match="12 calls are still pending") as raised:
         tracker.flush(0.05)
     assert isinstance(raised.value, TimeoutError)
-    assert (raised.value.pending, raised.value.waited) == (12, 0.05)
+    assert raised.value.pending == 12
+    assert raised.value.waited >= 0.05
     assert tracker.stats().pending == 12
     sink.let_through()
     tracker.flush()

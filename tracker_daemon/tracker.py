@@ -15,7 +15,7 @@ from tracker_daemon import exits, host
 from tracker_daemon.backlog import Backlog
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.collector import Reading, collector_of
-from tracker_daemon.errors import FlushTimeout, TrackerError
+from tracker_daemon.errors import FlushTimeout, TrackerClosed, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
 from tracker_daemon.front_door import FrontDoor, Refusals
@@ -168,7 +168,7 @@ class Tracker(FrontDoor):
             FlushTimeout: not in time; nothing is lost by that. Its `__cause__` is the sink's last error, if any.
         """
         self._not_in_worker("flush")
-        seconds = checked_timeout(timeout, None)
+        seconds, began = checked_timeout(timeout, None), self._clock.monotonic()
         barrier = self._barrier()
         try:
             kept = barrier.result(seconds)
@@ -177,27 +177,27 @@ class Tracker(FrontDoor):
         finally:
             self._worker.leave(barrier)
         if not kept:
-            raise self._flush_timeout(seconds) from self._numbers.last_error
+            raise self._flush_timeout(began) from self._numbers.last_error
 
     async def aflush(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the contract's signature
         """Await what `flush` waits for, on asyncio or trio. Cancelling it cancels the waiting alone."""
-        seconds = checked_timeout(timeout, None)
+        seconds, began = checked_timeout(timeout, None), self._clock.monotonic()
         barrier = self._barrier()
         try:
             kept = await host.wait_done(barrier, seconds) and barrier.result()
         finally:
             self._worker.leave(barrier)
         if not kept:
-            raise self._flush_timeout(seconds) from self._numbers.last_error
+            raise self._flush_timeout(began) from self._numbers.last_error
 
     def _barrier(self) -> Future[bool]:
         if os.getpid() != self._pid:
             self._after_fork()
         return self._worker.barrier()
 
-    def _flush_timeout(self, seconds: float | None) -> FlushTimeout:
-        error = self._numbers.last_error
-        return FlushTimeout(seconds or 0.0, self._backlog.books().queue_calls, str(error) if error else "")
+    def _flush_timeout(self, began: float) -> FlushTimeout:
+        error, waited = self._numbers.last_error, round(self._clock.monotonic() - began, 3)
+        return FlushTimeout(waited, self._backlog.books().queue_calls, str(error) if error else "")
 
     def _not_in_worker(self, name: str) -> None:
         if threading.get_ident() == self._worker.ident:
@@ -246,19 +246,24 @@ class Tracker(FrontDoor):
             self._after_fork()
         return self._worker.stop(seconds)
 
+    def _start(self) -> None:
+        if self.closed:
+            raise TrackerClosed
+        self._worker.wake()
+
     def _retire(self) -> None:
         exits.forget(self)
         self._collector.retire(self)
 
     def __enter__(self) -> Self:
-        self._worker.wake()
+        self._start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
-        self._worker.wake()
+        self._start()
         return self
 
     async def __aexit__(

@@ -106,7 +106,7 @@ class Worker:
         self._sealed: anyio.Event
         self._at_stop: Books | None = None
         self._barriers: list[Barrier] = []
-        self._woken = self._hurry = False
+        self._woken = self._hurry = self._stopping = False
         self._event: anyio.Event | None = None
         self._flusher: Flusher | None = None
 
@@ -187,6 +187,7 @@ class Worker:
             self._last_moment = min(last_moment, self._last_moment)
             if self._at_stop is None:
                 self._at_stop = self._backlog.books()
+            self._stopping = True
             self._backlog.close()
             self._hurry = True
             unused = bool(self._may_start) and self._backlog.is_empty
@@ -224,7 +225,7 @@ class Worker:
                 # hand keeps its identity.
                 get_logger().critical("worker_failed", error=repr(error), exc_info=error)
                 flusher.abort()
-                if self.closed:
+                if self._stopping:
                     self._finish("worker_failed")
                 time.sleep(_REST_AFTER_FAILURE)
 
@@ -266,6 +267,8 @@ class Worker:
             # Grown with the backlog: beside a busy host each chunk waits for the interpreter's switch interval.
             drained = backlog.drain(max(CHUNK, len(backlog.queue) // 16))
             backlog.open_gate()
+            if self.halted is not None:
+                backlog.close()  # what will never be written is not accepted
             self._release_barriers(everyone=self.halted is not None)
             self._seal_if_due(now, seen_empty)
             if backlog.queue:
@@ -285,7 +288,7 @@ class Worker:
             timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else None
         elif self._backlog.window_threads and not self._backlog.in_flight:
             timeout = max(0.0, seen_empty + self._flush_interval - now)
-        if self.closed:
+        if self._stopping:
             left = max(0.0, self._last_moment - now)
             timeout = left if timeout is None else min(timeout, left)
         if not (self._woken or (idle_looks and self._backlog.queue)):
@@ -300,7 +303,7 @@ class Worker:
         if (
             now - opened >= self._flush_interval
             or backlog.window_threads >= backlog.max_batch_size
-            or self.closed
+            or self._stopping
             or any(barrier.target <= backlog.folded for barrier in self._barriers)
         ):
             backlog.seal()
@@ -339,7 +342,7 @@ class Worker:
 
     async def _stopped(self) -> bool:
         """Say whether `_pump` has nothing left to do."""
-        if not self.closed:
+        if not self._stopping:
             return False
         if self.halted is not None or self._clock.monotonic() >= self._last_moment:
             return True
@@ -358,7 +361,7 @@ class Worker:
 
     @property
     def _lost(self) -> bool:
-        return self.closed and any(self._backlog.books().lost.values())
+        return self._stopping and any(self._backlog.books().lost.values())
 
     def _report(self) -> DrainReport:
         now, before = self._backlog.books(), self._at_stop

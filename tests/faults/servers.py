@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -118,16 +118,20 @@ def stopped(pid: int) -> Iterator[None]:
     """Keep a process from running, for as long as the block."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        # The signal reaches one thread, and that one the others.
-        wait_until(lambda: all(state(task) in "tT" for task in Path(f"/proc/{pid}/task").iterdir()), "the stop")
+        wait_until(lambda: stands_still(pid), "the stop")
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
 
 
-def state(task: Path) -> str:
-    """Return the state of a thread, a letter."""
-    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+def stands_still(pid: int) -> bool:
+    """Say whether every thread has stopped: the signal reaches one of them, and that one the others."""
+    tasks = Path(f"/proc/{pid}/task")
+    if not tasks.exists():  # not Linux: nothing to look at
+        return True
+    with suppress(FileNotFoundError):  # a thread has just ended
+        return all((task / "stat").read_text().rpartition(")")[2].split()[0] in "tT" for task in tasks.iterdir())
+    return False
 
 
 # -- calls, and what became of them ----------------------------------------------------------------

@@ -14,7 +14,7 @@ from tracker_daemon import FlushTimeout, SchemaError, Tracker
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.dead_letters import from_json
 from tracker_daemon.postgres.sink import PostgresSink
-from tracker_daemon.sink import LedgerMissing, SinkFault
+from tracker_daemon.sink import LedgerMissing, LedgerRegressed, SinkFault
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -544,3 +544,16 @@ def test_role_without_temporary_tables(
     finally:
         admin.execute(sql.SQL("DROP OWNED BY {}").format(name))
         admin.execute(sql.SQL("DROP ROLE {}").format(name))
+
+
+def test_close_notices_what_the_database_forgot(
+    database: str, admin: psycopg.Connection[Any], errors: Errors, registry: CollectorRegistry
+) -> None:
+    """A ledger set back while nothing was pending is told at the end."""
+    tracker = Tracker(database, on_error=errors, registry=registry)
+    turns(tracker, "a")
+    tracker.flush(60)
+    admin.execute("UPDATE tracker_ledger SET applied_sequence = 0")
+    tracker.close(10)
+    assert [type(error) for error in errors.seen] == [LedgerRegressed]
+    assert registry.get_sample_value("tracker_ledger_regressions_total") == 1

@@ -8,6 +8,8 @@ Rules:
 
 from __future__ import annotations
 
+import re
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Final
 
 from psycopg import sql
@@ -49,6 +51,7 @@ DEAD_LETTER_COLUMNS: Final = (
     "error",
     "at",
 )
+_PLAIN: Final = re.compile(r"[a-z_][a-z0-9_$]*")
 _LOCK: Final = 0x7472_6163_6B65_7264  # "trackerd": one migration at a time in a database
 
 
@@ -81,6 +84,11 @@ async def faults_of(connection: AsyncConnection[Any], schema: str, table: str) -
                 found.append(f"column {schema}.{table}.{name} is missing; it must be {wanted}")
             elif columns[name] not in types:
                 found.append(f"column {schema}.{table}.{name} is {columns[name]}; it must be {wanted}")
+        found += [
+            f"column {schema}.{table}.{name} is NOT NULL and has no default: no row can be made"
+            for name in await _columns_without_value(connection, schema, table)
+            if name not in COLUMNS
+        ]
         if not found and not await _has_unique_thread_id(connection, schema, table):
             found.append(
                 f"table {schema}.{table} has no primary key or unique index, not deferrable, on (thread_id) alone"
@@ -118,13 +126,14 @@ async def check(connection: AsyncConnection[Any], schema: str, table: str) -> No
 
 def schema_message(found: list[str], schema: str, table: str) -> str:
     """Return what is wrong and what to do about it."""
-    option = "" if (schema, table) == ("public", "conversations") else f" --table {schema}.{table}"
+    parts = [part if _PLAIN.fullmatch(part) else sql.Identifier(part).as_string() for part in (schema, table)]
+    option = "" if parts == ["public", "conversations"] else f" --table {quote('.'.join(parts))}"
     mends = []
+    if any(not each.endswith("does not exist") for each in found):
+        mends.append("alter what exists by hand")
     if any(each.endswith("does not exist") for each in found):
         mends.append(f"run `tracker-daemon migrate --database URL{option}`")
-    if any(each.startswith(("column", "table")) and not each.endswith("does not exist") for each in found):
-        mends.append("alter what exists by hand")
-    return f"{'; '.join(found)}. To mend it: {' and '.join(mends)}"
+    return f"{'; '.join(found)}. To mend it: {', then '.join(mends)}"
 
 
 async def migrate(connection: AsyncConnection[Any], schema: str | None, table: str) -> list[str]:
@@ -138,7 +147,9 @@ async def migrate(connection: AsyncConnection[Any], schema: str | None, table: s
         await cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
         schema = await find_schema(connection, schema, table)
         names = Statements(schema, table).names
+        applied: list[str] = []
         if not await _schema_exists(connection, schema):
+            applied.append(f"schema {schema}")
             # Asked first: IF NOT EXISTS wants the right to create even where nothing is created.
             await cursor.execute(sql.SQL("CREATE SCHEMA {schema}").format(**names))
         await cursor.execute(
@@ -149,7 +160,6 @@ async def migrate(connection: AsyncConnection[Any], schema: str | None, table: s
             ).format(**names)
         )
         done = await _done(connection, schema, table)
-        applied: list[str] = []
         for number, name, text in migrations():
             if number not in done or number == 1:
                 # The first only creates what is missing; it also brings back a table that was dropped.
@@ -184,6 +194,18 @@ async def _columns(connection: AsyncConnection[Any], schema: str, table: str) ->
     )
     rows = await cursor.fetchall()
     return {row[0]: row[1] for row in rows if row[0] is not None} if rows else None
+
+
+async def _columns_without_value(connection: AsyncConnection[Any], schema: str, table: str) -> list[str]:
+    cursor = connection.cursor(row_factory=tuple_row)
+    await cursor.execute(
+        "SELECT a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped"
+        " AND a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' ORDER BY a.attnum",
+        [schema, table],
+    )
+    return [row[0] for row in await cursor.fetchall()]
 
 
 async def _has_unique_thread_id(connection: AsyncConnection[Any], schema: str, table: str) -> bool:

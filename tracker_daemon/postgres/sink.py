@@ -12,10 +12,12 @@ Rules:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
 
+from tracker_daemon.batch import Batch
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.dead_letters import bury, dead_letters_of
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
-    from tracker_daemon.batch import Batch
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.postgres.connection import Connector
 
@@ -62,7 +63,7 @@ class PostgresSink:
         self._first_timeout = self._timeout = statement_timeout
         self._copy_from = copy_from
         self._session: Session | None = None
-        self._epochs: dict[tuple[UUID, int], int] = {}
+        self._last: dict[tuple[UUID, int], Opened] = {}
 
     # -- the port ----------------------------------------------------------------------------------
 
@@ -77,12 +78,13 @@ class PostgresSink:
             raise
         except Exception as error:
             raise await self._failed(session, error, "opening the ledger") from error
-        self._epochs[producer, lane] = opened.epoch
+        self._last[producer, lane] = opened
         return opened
 
     async def _open(self, session: Session, producer: UUID, lane: int) -> Opened:
         key = {"producer": producer, "lane": lane}
-        known = self._epochs.get((producer, lane), 0)
+        before = self._last.get((producer, lane))
+        known = 0 if before is None else before.epoch
         cursor = session.cursor()
         while True:
             await cursor.execute(session.statements["position"], key)
@@ -109,6 +111,7 @@ class PostgresSink:
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
             raise fault from error
         self._timeout = self._first_timeout
+        self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
     def abort(self) -> None:
@@ -119,16 +122,25 @@ class PostgresSink:
 
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """See `Sink.aclose`."""
-        session = self._session
-        epoch = self._epochs.get((producer, lane))
-        if session is not None and clean and epoch is not None:
-            key = {"producer": producer, "lane": lane, "epoch": epoch}
-            try:
-                with session.deadline(_CLOSE_TIMEOUT):
-                    await session.connection.execute(session.statements["close"], key)
-            except Exception:  # noqa: S110 - the mark only lets the row be collected sooner
-                pass
-        await self._drop()
+        session, last = self._session, self._last.get((producer, lane))
+        try:
+            if session is not None and clean and last is not None:
+                await self._mark_closed(session, Batch(producer, lane, last.epoch, last.applied_sequence, ()))
+        finally:
+            await self._drop()
+
+    async def _mark_closed(self, session: Session, last: Batch) -> None:
+        """Mark the ledger's row; raise what the ledger has to say, if it is not where the last batch left it."""
+        try:
+            with session.deadline(_CLOSE_TIMEOUT):
+                cursor = session.cursor()
+                await cursor.execute(session.statements["close"], _key(last))
+                if await cursor.fetchone() is None:
+                    await self._not_moved(session, replace(last, sequence=last.sequence + 1))
+        except (Fenced, LedgerMissing, LedgerRegressed):
+            raise
+        except Exception:  # noqa: S110 - the mark only lets the row be collected sooner
+            pass
 
     # -- the connection ----------------------------------------------------------------------------
 
