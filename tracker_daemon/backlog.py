@@ -171,8 +171,9 @@ class Backlog:
             waiting = self._waiting = {record[0] for record in self.queue.copy()}
             self._counted = -1
         if self._counted != moves:
+            # Over a copy: a signal handler that calls in the middle adds to the set.
+            self._new = sum(not self._holds(name) for name in tuple(waiting))
             self._counted = moves
-            self._new = sum(not self._holds(name) for name in waiting)
         if thread_id not in waiting and not self._holds(thread_id):
             if self._new >= self.max_pending - self._threads:
                 return False
@@ -215,6 +216,7 @@ class Backlog:
     def shut_gate(self) -> None:
         """Make the next call ask, which wakes the worker."""
         self.gate = 0
+        self._waiting = None  # what came by the gate is not counted there
 
     @property
     def window_threads(self) -> int:
@@ -324,6 +326,7 @@ class Backlog:
     # -- inside ------------------------------------------------------------------------------------
 
     def _raise_gate(self, calls: int) -> None:
+        self._waiting = None  # what came by the gate is not counted there
         self.gate = 0 if self.closed else max(0, min(calls, self.max_pending - self._threads, self.max_queue_size))
 
     def _fold(self, record: Record) -> None:

@@ -213,8 +213,8 @@ class Flusher:
         if self._on_error is not None:
             try:
                 self._on_error(error)
-            except Exception:
-                # The host's handler must not stop the flush.
+            except BaseException:
+                # The host's handler must not stop the flush, not even by sys.exit.
                 self._say("exception", "on_error_failed")
 
     def _say(self, level: str, event: str, **fields: object) -> None:

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from threading import RLock
 from time import time_ns
 from typing import TYPE_CHECKING, Final, Protocol
@@ -56,7 +57,8 @@ class Refusals:
             self.counts[reason] += 1
             due = None if reason == "invalid" else self._rated.due(reason)
         if due is not None:
-            get_logger().error("calls_rejected", reason=reason, **due)
+            with suppress(Exception):  # the host's logging must not reach the caller
+                get_logger().error("calls_rejected", reason=reason, **due)
 
     @property
     def total(self) -> int:

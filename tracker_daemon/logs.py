@@ -27,8 +27,10 @@ def _render(logger: Any, method: str, event: EventDict) -> dict[str, Any]:
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:
-    """Return the package's logger. psycopg_pool, which logs three lines for each use, is raised to WARNING."""
-    logging.getLogger("psycopg.pool").setLevel(logging.WARNING)
+    """Return the package's logger. psycopg_pool, which logs three lines for each use, is raised to WARNING unless the host set it."""
+    pool = logging.getLogger("psycopg.pool")
+    if pool.level == logging.NOTSET:
+        pool.setLevel(logging.WARNING)
     logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         logging.getLogger("tracker_daemon"),
         wrapper_class=structlog.stdlib.BoundLogger,

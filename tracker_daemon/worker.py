@@ -136,7 +136,8 @@ class Worker:
                 _thread.start_new_thread(self._run, ())
             except RuntimeError as error:  # no thread to be had: the next call, flush or close tries again
                 self._may_start.append(True)
-                get_logger().error("worker_not_started", error=str(error))
+                with suppress(Exception):
+                    get_logger().error("worker_not_started", error=str(error))
             except BaseException:  # Ctrl-C in between; should the thread run all the same, a second one ends at once
                 self._may_start.append(True)
                 raise
