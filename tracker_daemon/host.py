@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 def _call_soon() -> Callable[[Callable[[], Any]], Any]:
     """Return how another thread has a function called on the running loop, without waiting."""
     if trio := sys.modules.get("trio"):
-        with suppress(
-            RuntimeError, AttributeError
-        ):  # trio is imported, or just being imported, but this is not one of its tasks
+        # This may not be one of trio's tasks; or another thread is just importing it.
+        with suppress(RuntimeError, AttributeError):
             return trio.lowlevel.current_trio_token().run_sync_soon  # type: ignore[no-any-return]
     import asyncio  # noqa: PLC0415 - a trio program may never have imported it
 

@@ -27,7 +27,10 @@ def _render(logger: Any, method: str, event: EventDict) -> dict[str, Any]:
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:
-    """Return the package's logger. psycopg_pool, which logs three lines for each use, is raised to WARNING unless the host set it."""
+    """Return the package's logger.
+
+    psycopg_pool, which logs three lines for each use, is raised to WARNING unless the host has set its level.
+    """
     pool = logging.getLogger("psycopg.pool")
     if pool.level == logging.NOTSET:
         pool.setLevel(logging.WARNING)

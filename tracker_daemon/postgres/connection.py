@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +32,11 @@ DEFAULTS: Final[dict[str, str | int]] = {
     "tcp_user_timeout": 30_000,
     # A former primary that is read-only now is refused here, and the next host or address is tried.
     "target_session_attrs": "read-write",
+}
+_VARIABLES: Final = {
+    "application_name": "PGAPPNAME",
+    "connect_timeout": "PGCONNECT_TIMEOUT",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
 }
 # Of the driver, not of libpq: ours are fixed below, these are the user's.
 _DRIVER_KEYS: Final = ("prepare_threshold", "context")
@@ -105,7 +111,8 @@ class Connector:
             kwargs.pop(key, None)
         parameters = {**conninfo_to_dict(await _value(self._conninfo) or ""), **kwargs}
         # A service file may set any of them, which is not seen here.
-        defaults = {} if "service" in parameters else DEFAULTS
+        service = "service" in parameters or os.environ.get("PGSERVICE")
+        defaults = {} if service else {k: v for k, v in DEFAULTS.items() if not os.environ.get(_VARIABLES.get(k, ""))}
         connection: psycopg.AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
             **{**defaults, **parameters, "client_encoding": "UTF8"}, autocommit=True, **driver
         )
