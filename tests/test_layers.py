@@ -26,7 +26,7 @@ FLOORS = [
     {"postgres.dead_letters", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
-    {"postgres.statements", "backlog", "flush_numbers", "memory_sink", "settings", "logs", "backoff"},
+    {"postgres.statements", "backlog", "flush_numbers", "memory_sink", "settings", "logs", "backoff", "late_executor"},
     {"sink", "clock"},
     {"batch"},
     {"delta"},

@@ -14,16 +14,17 @@ import _thread
 import sys
 import threading
 import time
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from math import inf
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.lowlevel
 
+from tracker_daemon.late_executor import LateExecutor
 from tracker_daemon.logs import get_logger
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ class Worker:
         import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it
 
         loop = asyncio.get_running_loop()
-        loop.set_default_executor(_LateExecutor())
+        loop.set_default_executor(LateExecutor())
         self._sealed = anyio.Event()
         if self._backlog.in_flight:
             self._sealed.set()
@@ -373,28 +374,3 @@ class Worker:
             dead_lettered=sum(now.dead_lettered.values()) - sum(before.dead_lettered.values()),
             lost=sum(now.lost.values()) - sum(before.lost.values()),
         )
-
-
-class _LateExecutor(ThreadPoolExecutor):
-    """Runs each job in a daemon thread of its own, also while the interpreter exits.
-
-    The event loop looks host names up in its executor. The standard one refuses work once the main thread has ended,
-    which is when an `atexit` drain may have to connect.
-    """
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-
-        def job() -> None:
-            try:
-                result = fn(*args, **kwargs)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        try:
-            _thread.start_new_thread(job, ())
-        except RuntimeError:  # 3.12 starts none while the interpreter ends: the worker itself waits for the answer
-            job()
-        return future

@@ -114,6 +114,7 @@ class ScriptedSink(MemorySink):
         letters: the dead letters stored, by the identity of their batch.
         skipped: the deltas skipped for want of a row.
         late: attempts that have not arrived yet.
+        last: of each producer, where it was last told that the ledger stands.
         closed: the producer of every `aclose`, and whether it was clean.
         collected: the producers forgotten by rule 4.
         met: how often the remarkable things happened.
@@ -130,12 +131,12 @@ class ScriptedSink(MemorySink):
         self.letters: dict[Identity, tuple[DeadLetter, ...]] = {}
         self.skipped: tuple[ThreadDelta, ...] = ()
         self.late: list[Callable[[], object]] = []
+        self.last: dict[UUID, Opened] = {}
         self.closed: list[tuple[UUID, bool]] = []
         self.collected: set[UUID] = set()
         self.aborts = 0
         self.met = Counter[str]()
         self._touched: dict[tuple[UUID, int], float] = {}
-        self._known: dict[UUID, int] = {}
         self._history = [self._state()]
 
     # -- the port ----------------------------------------------------------------------------------
@@ -145,9 +146,11 @@ class ScriptedSink(MemorySink):
         self.opened.append(producer)
         await pause("open")
         outcome = self._next()
-        seen, known = self.ledger.get((producer, lane)), self._known.get(producer, 0)
-        opened = self._attempt(outcome, lambda: self._open((producer, lane), seen, known), "opens")
-        self._known[producer] = opened.epoch
+        seen, last = self.ledger.get((producer, lane)), self.last.get(producer)
+        known = 0 if last is None else last.epoch
+        opened = self.last[producer] = self._attempt(
+            outcome, lambda: self._open((producer, lane), seen, known), "opens"
+        )
         return opened
 
     async def apply(self, batch: Batch) -> Applied:
@@ -155,15 +158,26 @@ class ScriptedSink(MemorySink):
         self.received.append(batch)
         await pause("apply")
         outcome = self._next()
-        return self._attempt(outcome, lambda: self._apply(batch, outcome.dead), "commits")
+        applied = self._attempt(outcome, lambda: self._apply(batch, outcome.dead), "commits")
+        self.last[batch.producer] = Opened(batch.epoch, batch.sequence)
+        return applied
 
     def abort(self) -> None:
         """See `Sink.abort`: counted."""
         self.aborts += 1
 
-    async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:  # noqa: ARG002 - the port's
-        """See `Sink.aclose`: noted."""
+    async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
+        """See `Sink.aclose`: noted. Like the Postgres sink, it says when a clean end finds commits forgotten."""
         self.closed.append((producer, clean))
+        last, found = self.last.get(producer), self.ledger.get((producer, lane))
+        if not clean or last is None or found == last:
+            return
+        self.met["ledger_at_close"] += 1
+        if found is None:
+            raise LedgerMissing(str(producer), lane)
+        if found.epoch > last.epoch:
+            raise Fenced(str(producer), lane, last.epoch, found.epoch)
+        raise LedgerRegressed(str(producer), lane, last.applied_sequence, found.applied_sequence)
 
     # -- what else happens to a database -----------------------------------------------------------
 

@@ -65,11 +65,14 @@ class World:
     """
 
     def __init__(
-        self, sink: ScriptedSink | None = None, on_error: Callable[[BaseException], object] | None = None
+        self,
+        sink: ScriptedSink | None = None,
+        on_error: Callable[[BaseException], object] | None = None,
+        batch_size: int = 2,
     ) -> None:
         self.clock = sink._clock if sink is not None else ManualClock()
         self.sink = sink or ScriptedSink(self.clock)
-        self.backlog = Backlog(max_queue_size=1_000, max_pending=1_000, max_batch_size=2, create_missing=True)
+        self.backlog = Backlog(max_queue_size=1_000, max_pending=1_000, max_batch_size=batch_size, create_missing=True)
         self.numbers, self.producer = FlushNumbers(), uuid4()
         self.told: list[BaseException] = []
         self.flusher = self.another(self.told.append if on_error is None else on_error)
@@ -248,13 +251,14 @@ def test_on_error_is_told_everything(world: World) -> None:
     assert world.flusher.last_error is None
 
 
-def test_on_error_that_fails(caplog: pytest.LogCaptureFixture) -> None:
-    """The host's handler fails: that is logged, and the flush goes on."""
+@pytest.mark.parametrize("raised", [LookupError, SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_on_error_that_fails(caplog: pytest.LogCaptureFixture, raised: type[BaseException]) -> None:
+    """The host's handler fails, or would end the process: that is logged, and the flush goes on."""
     calls = []
 
     def on_error(error: BaseException) -> None:
         calls.append(error)
-        raise LookupError("the host's own bug")
+        raise raised("the host's own bug")
 
     world = World(on_error=on_error)
     world.put()
@@ -264,7 +268,7 @@ def test_on_error_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     assert len(calls) == 3
     failed = [record for record in caplog.records if record.tracker["event"] == "on_error_failed"]  # type: ignore[attr-defined]
     assert len(failed) == 3
-    assert all(record.exc_info and record.exc_info[0] is LookupError for record in failed)
+    assert all(record.exc_info and record.exc_info[0] is raised for record in failed)
 
 
 def test_without_on_error(world: World) -> None:
@@ -319,6 +323,17 @@ def test_duplicates_and_dead_letters_are_logged(world: World, caplog: pytest.Log
         {"ensure_conversation": 0, "record_turn": 1, "resolve": 0},
         {"overflow": 1},
     )
+
+
+def test_many_dead_letters(caplog: pytest.LogCaptureFixture) -> None:
+    """The first ten of a batch are logged one by one, and how many there are; all are counted."""
+    world = World(batch_size=40)
+    world.put(*(f"t{number}" for number in range(40)))
+    with caplog.at_level(logging.INFO, "tracker_daemon"):
+        world.flush(DONE, Outcome(dead=2**40 - 1))
+    assert [event["event"] for event in events(caplog)] == ["dead_letters", *["dead_letter"] * 10]
+    assert events(caplog)[0]["letters"] == 40
+    assert world.backlog.books().dead_lettered == {"overflow": 40}
 
 
 class Refusing(logging.Filter):
@@ -471,6 +486,25 @@ def test_regressions_in_a_row() -> None:
     assert (world.tokens(), world.numbers.regressions) == (1, 6)
 
 
+@pytest.mark.parametrize("forgotten", [0, 1, 2, None])
+def test_what_the_ledger_says_at_the_end(world: World, caplog: pytest.LogCaptureFixture, forgotten: int | None) -> None:
+    """A clean close finds what was forgotten since the last flush: told, logged and counted, and it ends all the same."""
+    for _ in range(3):
+        world.put()
+        world.flush()
+    if forgotten is None:
+        world.sink.remove_row(world.producer)
+    elif forgotten:
+        world.sink.fail_over(forgotten, opens=False)
+    with caplog.at_level(logging.INFO, "tracker_daemon"):
+        run(world.flusher.aclose(clean=True))
+    expected = {0: [], 1: [LedgerRegressed], 2: [LedgerRegressed], None: [LedgerMissing]}[forgotten]
+    assert [type(error) for error in world.told] == expected
+    assert [event["event"] for event in events(caplog)] == ["ledger_at_close"] * len(expected)
+    assert world.numbers.regressions == (expected == [LedgerRegressed])
+    assert world.sink.closed == [(world.producer, True)]
+
+
 # -- what passes through ----------------------------------------------------------------------------
 
 
@@ -493,18 +527,6 @@ def test_what_is_no_error(world: World, error: type[BaseException], at: str, *, 
     assert world.tokens() == 1
     assert len(set(world.identities)) == 1
     assert len(world.identities) == sent + 1
-
-
-def test_on_error_that_ends_the_process(world: World) -> None:
-    """SystemExit out of `on_error` does not stop the flush."""
-
-    def leave(_: BaseException) -> None:
-        raise SystemExit
-
-    world.flusher = world.another(leave)
-    world.put()
-    world.flush(DONE, Outcome("unanswered"))
-    assert (world.tokens(), world.numbers.flushes["duplicate"]) == (1, 1)
 
 
 @pytest.mark.parametrize("days", [2, 3_650])

@@ -136,19 +136,26 @@ class Producer:
     Attributes:
         sinks: its connections.
         lives: where each `open` found the ledger, the last one last.
-        knows: of each connection that has opened it, the epoch that it got.
+        last: of each connection that has opened it or sent for it, where it was told that the ledger stands.
         sent: every batch sent, the last one last.
         next: the sequence of the next batch.
         collected: whether the ledger has forgotten it. Sequences begin anew then, and its dead letters bear them already.
+        cut: the connections that were cut, perhaps just behind an answer.
     """
 
     sinks: list[PostgresSink]
     name: UUID = field(default_factory=uuid4)
     lives: list[Opened] = field(default_factory=list)
-    knows: dict[int, int] = field(default_factory=dict)
+    last: dict[int, Opened] = field(default_factory=dict)
     sent: list[Batch] = field(default_factory=list)
     next: int = 1
     collected: bool = False
+    cut: set[int] = field(default_factory=set)
+
+    def told(self, connection: int, batch: Batch, answer: object) -> None:
+        """A connection was answered."""
+        if isinstance(answer, Applied):
+            self.last[connection] = Opened(batch.epoch, batch.sequence)
 
 
 NUMBER: Final = st.integers(0, PRODUCERS - 1)
@@ -215,6 +222,8 @@ class PostgresMachine(RuleBasedStateMachine):
         sink = producer.sinks[connection]
         expected = self._model(batch)
         assert alike(self._real(lambda: sink.apply(batch))) == alike(expected)
+        producer.told(connection, batch, expected)
+        producer.cut.discard(connection)
         return expected
 
     def _delta(self, thread_id: str, calls: list[tuple[str, int]]) -> ThreadDelta:
@@ -253,7 +262,7 @@ class PostgresMachine(RuleBasedStateMachine):
         """A new life of a producer, where the ledger stands; not where its row is known to be gone."""
         producer, sink = self.producers[number], self.producers[number].sinks[connection]
         found = self._real(lambda: sink.open(producer.name, 0))
-        if (producer.name, 0) not in self.memory.ledger and connection in producer.knows:
+        if (producer.name, 0) not in self.memory.ledger and connection in producer.last:
             assert alike(found) == alike(LedgerMissing(str(producer.name), 0))
             return
         if (producer.name, 0) not in self.memory.ledger:
@@ -261,10 +270,10 @@ class PostgresMachine(RuleBasedStateMachine):
             producer.lives.clear()
             producer.sent.clear()
         here = self.memory.ledger.get((producer.name, 0), Opened(0, 0))
-        epoch = max(here.epoch, producer.knows.get(connection, 0)) + 1
+        epoch = max(here.epoch, producer.last.get(connection, Opened(0, 0)).epoch) + 1
         expected = self.memory.ledger[producer.name, 0] = Opened(epoch, here.applied_sequence)
         assert found == expected
-        producer.knows[connection] = epoch
+        producer.last[connection] = expected
         producer.lives.append(expected)
         producer.next = expected.applied_sequence + 1
 
@@ -291,6 +300,7 @@ class PostgresMachine(RuleBasedStateMachine):
         producer = self.producers[number]
         batch = self._batch(producer, calls, poison=poison)
         answered = self.ground.run(cut(producer.sinks[first], batch, turns))
+        producer.cut.add(first)
         expected = self._model(batch)
         sink = producer.sinks[second]
         found = self._real(lambda: sink.apply(batch))
@@ -302,6 +312,9 @@ class PostgresMachine(RuleBasedStateMachine):
             assert not answered
         assert alike(found) == alike(expected)
         producer.next += isinstance(found, Applied)
+        producer.told(second, batch, found)
+        if answered:
+            producer.told(first, batch, found)
 
     @rule(number=NUMBER, first=CONNECTION, second=CONNECTION, calls=CALLS, poison=POISON)
     def race(self, number: int, first: int, second: int, calls: list[tuple[str, str, int]], *, poison: bool) -> None:
@@ -320,6 +333,8 @@ class PostgresMachine(RuleBasedStateMachine):
 
         expected = self._model(batch)
         found = [alike(each) for each in self.ground.run(both())]
+        for connection in (first, second):
+            producer.told(connection, batch, expected)
         if isinstance(expected, Applied):
             late = alike(replace(expected, rows=0, duplicate=True))
             assert found in ([alike(expected), late], [late, alike(expected)])
@@ -344,10 +359,19 @@ class PostgresMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBER, connection=CONNECTION)
     def close(self, number: int, connection: int) -> None:
-        """A clean close marks the row of the life that its connection opened; a further open unmarks it."""
+        """A clean close marks the row that stands where its connection last saw it, or says what else the ledger says."""
         producer = self.producers[number]
-        sink = producer.sinks[connection]
-        self.ground.run(sink.aclose(producer.name, 0, clean=True))
+        sink, last = producer.sinks[connection], producer.last.get(connection)
+        expected = None
+        if last is not None and self.memory.ledger.get((producer.name, 0)) != last:
+            following = Batch(producer.name, 0, last.epoch, last.applied_sequence + 1, ())
+            expected = self.ground.run(outcome(self.memory.apply(following)))
+            expected = None if isinstance(expected, Applied) else expected
+        if sink._session is None or sink._session.connection.closed or connection in producer.cut:
+            # Without a connection it is not asked.
+            self.ground.run(outcome(sink.aclose(producer.name, 0, clean=True)))
+        else:
+            assert alike(self.ground.run(outcome(sink.aclose(producer.name, 0, clean=True)))) == alike(expected)
 
     @rule(number=NUMBER, days=st.sampled_from([0.5, 2, 31]), other=CONNECTION)
     def collect(self, number: int, days: float, other: int) -> None:

@@ -284,6 +284,13 @@ class Life:
         assert seconds is not None
         assert least <= seconds <= most, (kind, tries, seconds)
 
+    def left(self, clean: bool, ledger: Opened | None, last: Opened | None) -> None:
+        """The sink was left: after a clean end the ledger stands where it was last seen, or it was told."""
+        if clean and ledger != last:
+            self._failed(self.told[-1])
+            assert isinstance(self.told[-1], LedgerMissing if ledger is None else LedgerRegressed)
+            self.regressions += ledger is not None
+
     def abandoned(self, reason: str) -> None:
         """Everything pending was given up."""
         if calls := self.pending.total():
@@ -561,9 +568,11 @@ class TrackerMachine(RuleBasedStateMachine):
             reason = "halted" if life.halted else "deadline"
             assert life.backlog.abandon(reason) == life.pending.total()
             life.abandoned(reason)
-        clean = not life.lost and not life.halted
-        run(life.flusher.aclose(clean=not life.lost))
+        clean = not life.lost and not life.halted and not self.clones
+        ledger, last = self.sink.ledger.get((life.producer, 0)), self.sink.last.get(life.producer)
+        run(life.flusher.aclose(clean=clean or bool(life.halted)))
         assert self.sink.closed[-1] == (life.producer, clean)
+        life.left(clean and last is not None, ledger, last)
         self._end(life)
 
     @precondition(lambda self: any(life.runs for life in self.lives))
@@ -775,6 +784,7 @@ def test_kept_seeds_meet_everything() -> None:
         "lost",
         "Fenced",
         "LedgerMissing",
+        "ledger_at_close",
         "exact_rows",
         *(f"{fault} faults" for fault in FAULTS),
     ):
