@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     ("setting", "value"),
     [
         ("flush_interval", 0),
+        ("flush_interval", 10**400),
         ("flush_interval", -1),
         ("flush_interval", float("nan")),
         ("flush_interval", float("inf")),
@@ -91,6 +92,8 @@ def test_wrong_sink(sink: Any) -> None:
     [
         "postgresql://user:secret@host:port/db",
         "postgresql:// bad secret",
+        "postgresql:///x\0y",
+        "postgresql:///\ud800",
         "host=x secret=1",
         "user:secret@host",
     ],

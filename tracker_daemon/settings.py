@@ -6,7 +6,6 @@ A wrong value raises `ConfigError` when the tracker is made, not later.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prometheus_client.registry import REGISTRY, CollectorRegistry
@@ -62,7 +61,7 @@ class Settings:
 def _seconds(name: str, value: Any, *, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(name, "must be a number of seconds", value)
-    if not (isfinite(value) and least <= value <= _MOST_SECONDS):
+    if not least <= value <= _MOST_SECONDS:
         raise ConfigError(name, f"must be between {least:g} and {_MOST_SECONDS:g} seconds", value)
 
 
@@ -79,7 +78,7 @@ def timeout(value: Any, default: float | None) -> float | None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # noqa: PLR0124 - NaN
         raise ConfigError("timeout", "must be a number of seconds or None", value)
-    return min(max(0.0, float(value)), _MOST_SECONDS * 365)
+    return float(min(max(0, value), _MOST_SECONDS * 365))
 
 
 def split_table(table: Any) -> tuple[str | None, str]:

@@ -52,7 +52,9 @@ def _check(conninfo: str) -> None:
     """Raise `ConfigError` for what libpq cannot read. The text itself is not repeated: it may hold a password."""
     try:
         parameters = conninfo_to_dict(conninfo)
-    except psycopg.ProgrammingError:
+        if "\0" in conninfo:
+            raise psycopg.ProgrammingError("libpq would end at the NUL")
+    except (psycopg.ProgrammingError, UnicodeError):
         raise ConfigError(
             "sink", "is not a Postgres URL (postgresql://user:password@host:port/database) or key=value conninfo"
         ) from None

@@ -118,6 +118,7 @@ class Session:
             "lock_timeout": max(1, whole // 2),
             "idle_in_transaction_session_timeout": whole,
             "array_nulls": "on",
+            "jit": "off",  # the planner cannot know how short the arrays are, and would compile at each flush
         }
         if self.connection.info.server_version >= 170_000:
             settings["transaction_timeout"] = 0
