@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test soak lint types fmt cov clean
+.PHONY: help demo test bench soak lint types fmt cov clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -20,6 +20,9 @@ demo: .venv/installed  ## embedded Postgres, live chat traffic, and a verdict on
 
 test: .venv/installed  ## the whole suite on a real Postgres, a few minutes
 	$(BIN)/python -X dev -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: .venv/installed  ## what a call costs beside a queue append, as ratios
+	$(BIN)/python benchmarks/call_cost.py
 
 soak: .venv/installed  ## faults for SECONDS=60, then: calls made, lost, doubled
 	$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
