@@ -44,8 +44,8 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
     "other": STANDING,
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
-# Ledger rows without a sign of life for a month are collected: far enough from it.
 _LETTERS_TOLD: Final = 10
+# Ledger rows without a sign of life for a month are collected: far enough from it.
 _DAY: Final = 86_400.0
 
 

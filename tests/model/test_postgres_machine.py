@@ -438,7 +438,7 @@ BASE: Final = settings(
 def test_postgres_is_as_memory(database: str) -> None:
     """Fresh histories, others in every run."""
     with on(database) as machine:
-        run_state_machine_as_test(machine, settings=settings(BASE, max_examples=20))
+        run_state_machine_as_test(machine, settings=settings(BASE, max_examples=12))
 
 
 def test_kept_seeds_meet_everything(database: str) -> None:
