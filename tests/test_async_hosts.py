@@ -478,7 +478,7 @@ def test_host_loop_closed_under_a_waiter(trackers: Trackers) -> None:
 
 
 @contextmanager
-def interrupting(handler: Callable[[], object], every: float = 0.000_1) -> Iterator[None]:
+def interrupting(handler: Callable[[], object], every: float = 0.000_3) -> Iterator[None]:
     """Run *handler* in the main thread, wherever that is, every so many seconds; it interrupts itself, too."""
     under_way: list[None] = []
 
@@ -489,7 +489,7 @@ def interrupting(handler: Callable[[], object], every: float = 0.000_1) -> Itera
             under_way.pop()
 
     # The watchdog's signal is taken: a hang is ended by the interpreter.
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.dump_traceback_later(300, exit=True)
     signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, every, every)
     try:

@@ -89,7 +89,12 @@ def family(pid: int) -> list[int]:
 
 def children_titled(pid: int, title: bytes) -> list[int]:
     """The children of *pid* with *title* in their command line."""
-    return [child for child in family(pid)[1:] if title in Path(f"/proc/{child}/cmdline").read_bytes()]
+    found = []
+    for child in family(pid)[1:]:
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if title in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
 
 
 def gone(pids: list[int]) -> bool:
