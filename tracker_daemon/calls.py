@@ -25,8 +25,6 @@ COST_DIGITS_BEFORE: Final = 131_072
 COST_DIGITS_AFTER: Final = 16_383
 _COST_INT_BITS: Final = 435_411  # below 10**131_072; counts in constant time
 
-EXACT_COST_TYPES: Final = frozenset({int, float, Decimal})
-
 Cost: TypeAlias = "int | float | Decimal"
 
 

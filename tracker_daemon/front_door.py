@@ -30,11 +30,6 @@ _KNOWN_AGENTS: Final = 1_024
 class Worker(Protocol):
     """What the door needs of whoever empties the queue."""
 
-    @property
-    def closed(self) -> bool:
-        """Whether no call is accepted any more."""
-        ...
-
     def wake(self) -> None:
         """Look at the queue now; start if need be."""
         ...
@@ -207,4 +202,5 @@ class FrontDoor:
         return False
 
     def _after_fork(self) -> None:
+        """Begin a life of this process's own; whoever has the parts says how."""
         raise NotImplementedError
