@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import psycopg
 
-    from tracker_daemon.backlog import Record
+    from tracker_daemon.generation import Record
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

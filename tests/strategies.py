@@ -15,7 +15,7 @@ from tracker_daemon.batch import Batch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tracker_daemon.backlog import Record
+    from tracker_daemon.generation import Record
     from tracker_daemon.sink import Applied, Opened, Sink
 
 NOW = 1_700_000_000_123_456_000

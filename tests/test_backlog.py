@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tracker_daemon.backlog import KINDS, Backlog, add
+from tracker_daemon.backlog import Backlog
+from tracker_daemon.generation import KINDS, add
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.delta import ThreadDelta
 from tracker_daemon.errors import QueueFull
@@ -26,7 +27,7 @@ from tracker_daemon.sink import Applied, DeadLetter
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from tracker_daemon.backlog import Record
+    from tracker_daemon.generation import Record
 
 THREADS = [f"t{number}" for number in range(4)]
 

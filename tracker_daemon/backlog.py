@@ -1,75 +1,68 @@
-"""What was accepted and is not settled: the queue of calls, the open window, the sealed generation, the books.
+"""What was accepted and is not settled: the queue of calls, the open window, the sealed windows, the books.
 
 Calls enter by `queue.append` alone; one worker moves them on:
 
-    queue --drain--> open window --seal--> sealed generation --settle--> the books
-                     (threads: deltas)     (batches in order)            (applied, dead-lettered, lost)
+    queue --drain--> open window --seal--> sealed windows --settle--> the books
+                     (threads: deltas)     (batches in order)         (applied, dead-lettered, lost)
 
 Rules:
-1. Two generations, swapped whole: what is sealed is never touched by new calls, and leaves only when settled.
+1. Windows are swapped whole: what is sealed is never touched by new calls, and leaves only when settled.
 2. At every instant a call is in the queue or in a window: `drain` folds a record before it takes it off the queue.
-3. The bound is on distinct threads; a call for a thread that is pending already is accepted however long the
-   database is away.
+3. The bound is on distinct threads in memory; a call for a thread that is pending already is accepted however long the
+   database is away. With a journal a window that would pass the bound waits in its files.
 4. Whoever reads several numbers holds `lock`; the three calls never do.
-5. `create_missing=False`: what comes to a thread from its first `ensure` on is kept apart (`followers`) when earlier
-   calls of the window may find no row, and goes in a later batch. So the outcome does not depend on windows.
+5. A batch has its name, (producer, sequence), from the sealing on, or, in memory, from its first try on; a sequence is
+   never used twice.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from threading import RLock
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
+from uuid import UUID, uuid4
 
-from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.call_queue import CallQueue
+from tracker_daemon.generation import KINDS, Generation, Record, summed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable
 
-    from tracker_daemon.calls import Cost
+    from tracker_daemon.call_queue import Calls
+    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.journal.journal import Journal
+    from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
 
-# A call in the queue; its length tells its kind. The instant comes last, in nanoseconds since 1970.
-Ensure: TypeAlias = "tuple[str, int]"
-Resolve: TypeAlias = "tuple[str, str, int]"
-Turn: TypeAlias = "tuple[str, str | None, int, Cost, int]"
-Record: TypeAlias = "Ensure | Resolve | Turn"
-
-KINDS: Final = {2: "ensure_conversation", 5: "record_turn", 3: "resolve"}
-_ENSURE: Final = 2
 LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed")
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
 
 
-class Generation:
-    """The deltas of one window by thread, in order of first call."""
+@dataclass(slots=True)
+class _Sealed:
+    """A sealed window: in memory, or in the journal's files alone."""
 
-    __slots__ = ("deltas", "followers", "oldest_at")
+    generation: Generation | None
+    stored: Window | None
+    sealed_at: int
+    oldest_at: int
+    threads: int
+    producer: UUID | None = None
+    first: int = 0
+    settled: int = 0
+    batches: deque[tuple[ThreadDelta, ...]] = field(default_factory=deque)
 
-    def __init__(self) -> None:
-        self.deltas: dict[str, ThreadDelta] = {}
-        self.followers: dict[str, ThreadDelta] = {}
-        self.oldest_at = 0
-
-    def __contains__(self, thread_id: str) -> bool:
-        return thread_id in self.deltas or thread_id in self.followers
-
-    def of(self, thread_id: str) -> Iterator[ThreadDelta]:
-        """Yield what the generation holds of one thread, in order."""
-        for part in (self.deltas, self.followers):
-            if thread_id in part:
-                yield part[thread_id]
-
-    def batches(self, size: int) -> Iterator[tuple[ThreadDelta, ...]]:
-        """Yield the deltas in order, at most *size* at once and no thread twice in one of them."""
-        for part in (self.deltas, self.followers):
-            deltas = iter(part.values())
-            while batch := tuple(islice(deltas, size)):
-                yield batch
+    @property
+    def calls(self) -> int:
+        """Not settled yet."""
+        if self.generation is None:
+            return self.stored.calls if self.stored is not None else 0
+        return sum(delta.calls for delta in chain(*self.batches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +80,8 @@ class Books:
     oldest_at: int
     """Nanoseconds since 1970 of the oldest pending call; 0 when nothing is pending."""
     rows_skipped: int
+    journaled: int = 0
+    """Of `queue_calls`: left to the journal by an end of the process, for the next one to apply."""
 
 
 @dataclass(slots=True)
@@ -95,7 +90,9 @@ class _Totals:
     applied: Counter[str] = field(default_factory=Counter)
     dead_lettered: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
+    recovered: Counter[str] = field(default_factory=Counter)
     rows_skipped: int = 0
+    journaled: int = 0
 
 
 class Backlog:
@@ -105,17 +102,27 @@ class Backlog:
         max_queue_size: calls in the queue.
         max_pending: distinct threads in queue, window and sealed generation together.
         max_batch_size: deltas in one batch.
-        create_missing: whether a turn may create its row (rule 5).
+        create_missing: whether a turn may create its row.
+        journal: where calls are written as well, or `None`.
     """
 
-    def __init__(self, *, max_queue_size: int, max_pending: int, max_batch_size: int, create_missing: bool) -> None:
+    def __init__(
+        self,
+        *,
+        max_queue_size: int,
+        max_pending: int,
+        max_batch_size: int,
+        create_missing: bool,
+        journal: Journal | None = None,
+    ) -> None:
         self.max_queue_size, self.max_pending, self.max_batch_size = (
             max_queue_size,
             max_pending,
             max_batch_size,
         )
         self.create_missing = create_missing
-        self.queue: deque[Record] = deque()
+        self._journal = journal
+        self.queue: Calls = CallQueue() if journal is None else journal.queue
         self.gate = 0
         """Calls are appended without asking while the queue is shorter than this; 0 makes every call ask."""
         self.closed = False
@@ -125,11 +132,16 @@ class Backlog:
         """Calls taken off the queue, ever."""
         self.settled = 0
         """Every call up to this many, in order of acceptance, is settled."""
-        self._window = Generation()
-        self._sealed = Generation()
-        self._batches: deque[tuple[ThreadDelta, ...]] = deque()
-        self._sealed_at = 0
+        self.recovering = journal is not None and bool(journal.left)
+        """Whether an earlier life's calls are still to be applied."""
+        self._window = Generation(create_missing=create_missing)
+        self._sealed: deque[_Sealed] = deque()
+        self._resident: tuple[Generation, ...] = ()
+        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound.
+        self._most_in_window = max(1, max_pending // 2 - max_queue_size)
+        self._producer, self._next = uuid4(), 1
         self._threads = 0
+        self._recovered = 0
         self._turn = RLock()
         self._waiting: set[str] | None = None
         self._moves = self._new = 0
@@ -149,8 +161,8 @@ class Backlog:
                 return "closed"
             if waiting >= self.max_queue_size:
                 return "max_queue_size"
-            if waiting < self.max_pending - self._threads:
-                # Even if every waiting call were of a new thread, this one still fits.
+            if self.queue.on_disk or waiting < self.max_pending - self._threads:
+                # In a file; or even if every waiting call were of a new thread, this one still fits.
                 self._waiting = None
                 # Raised under the lock alone, so that it never exceeds the room; who holds it raises the gate himself.
                 if self.lock.acquire(blocking=False):
@@ -168,7 +180,7 @@ class Backlog:
         if self.gate or waiting is None:
             # Calls may have come by the gate: look once which threads wait, then keep count here.
             self.gate = 0
-            waiting = self._waiting = {record[0] for record in self.queue.copy()}
+            waiting = self._waiting = {record[0] for record in self.queue.waiting()}
             self._counted = -1
         if self._counted != moves:
             # Over a copy: a signal handler that calls in the middle adds to the set.
@@ -182,25 +194,28 @@ class Backlog:
         return True
 
     def _holds(self, thread_id: str) -> bool:
-        return thread_id in self._window or thread_id in self._sealed
+        return thread_id in self._window or any(thread_id in generation for generation in self._resident)
 
     # -- the worker's side -------------------------------------------------------------------------
 
     def drain(self, limit: int) -> int:
         """Fold at most *limit* calls from the queue into the open window; return how many."""
-        queue = self.queue
         with self.lock:
-            count = min(limit, len(queue))
-            folded = self._totals.folded
-            for _ in range(count):
-                record = queue[0]
-                self._fold(record)
-                queue.popleft()
-                folded[KINDS[len(record)]] += 1
+            most = self._most_in_window if self._can_store else sys.maxsize
+            count = self.queue.drain(self._fold, limit, self._window.deltas, most)
             self.folded += count
             self._waiting = None
             self._moves += 1
         return count
+
+    @property
+    def _can_store(self) -> bool:
+        return self._journal is not None and self._journal.stores_window
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the open window must be sealed, into the journal, before it takes in more."""
+        return len(self._window.deltas) >= self._most_in_window and self._can_store
 
     def open_gate(self) -> None:
         """Let calls in without asking, as far as the bounds allow."""
@@ -221,67 +236,203 @@ class Backlog:
     @property
     def window_threads(self) -> int:
         """Deltas in the open window."""
-        return len(self._window.deltas) + len(self._window.followers)
+        return len(self._window)
 
     @property
     def in_flight(self) -> bool:
-        """Whether a sealed generation is not settled yet."""
-        return bool(self._batches)
+        """Whether a sealed window is not settled yet."""
+        return bool(self._sealed)
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing at all is pending."""
-        return not (self.queue or self._window.deltas or self._batches)
+        return not (self.queue or self._window.deltas or self._sealed or self.recovering)
 
     @property
     def accepted(self) -> int:
-        """Calls accepted, ever."""
+        """Calls accepted by this life, ever."""
         with self.lock:
-            return self.folded + len(self.queue)
+            return self.folded + len(self.queue.waiting())
 
     def seal(self) -> None:
-        """Swap the generations: the open window becomes the sealed one. Nothing may be in flight."""
+        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or can be nowhere else."""
+        journal = self._journal
+        following = None if journal is None else journal.queue.prepare_cut()
         with self.lock:
-            self._sealed, self._window = self._window, Generation()
-            self._batches.extend(self._sealed.batches(self.max_batch_size))
-            self._sealed_at = self.folded
+            if journal is not None and following is not None:
+                journal.queue.cut(following)
+                while count := journal.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
+                    self.folded += count
+            generation, self._window = self._window, Generation(create_missing=self.create_missing)
+            batches = deque(generation.batches(self.max_batch_size))
+            sealed = _Sealed(generation, None, self.folded, generation.oldest_at, len(generation.deltas))
+            sealed.batches = batches
+            if journal is not None:
+                sealed.producer, sealed.first = journal.producer, journal.next_first
+                sealed.stored = journal.seal(
+                    journal.queue.take_read(), len(batches), generation.calls, len(generation.deltas)
+                )
+            if self._sealed and sealed.stored is not None:
+                sealed.generation = None
+                sealed.batches.clear()
+            self._sealed.append(sealed)
+            self._recount()
+
+    def rewrite(self) -> None:
+        """Write the open window anew, as sums: its files are not to be trusted, or have grown long."""
+        journal = self._journal
+        assert journal is not None
+        number = journal.next_number()
+        following = journal.queue.prepare_within()
+        with self.lock:
+            journal.queue.cut_within(following)
+            while count := journal.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
+                self.folded += count
+            before = journal.queue.take_read()
+            anew = None
+            if before and following.path is not None:
+                header = before[0].header
+                anew = journal.write_anew(self._window, header, number, journal.next_first, sealed=False)
+            journal.queue.put_back(before if anew is None else [anew])
+            if anew is not None:
+                journal.drop(before)
+
+    def rewrite_sealed(self) -> None:
+        """Write sealed windows anew whose files are not to be trusted; of one in memory what is not settled."""
+        journal = self._journal
+        assert journal is not None
+        for sealed in list(self._sealed):
+            window = sealed.stored
+            bad = [segment for segment in journal.untrusted if window is not None and segment.path in window.paths]
+            if window is None or not bad:
+                continue
+            generation = sealed.generation
+            if generation is None:
+                generation = window.load()
+            first = window.first + sealed.settled
+            anew = journal.write_anew(generation, bad[0].header, journal.next_number(), first, sealed=True)
+            if anew is not None and anew.path is not None:
+                journal.drop(journal.unsynced_of(window))
+                window.first, window.batches, window.paths = (
+                    first,
+                    len(list(generation.batches(self.max_batch_size))),
+                    [anew.path],
+                )
+                anew.close()
 
     def head(self) -> tuple[ThreadDelta, ...] | None:
-        """Return the oldest sealed batch; it stays until `settle`."""
-        return self._batches[0] if self._batches else None
+        """Return the oldest sealed batch; it stays until `settle`. `None`: there is none, or it must be `load`ed."""
+        return self._sealed[0].batches[0] if self._sealed and self._sealed[0].batches else None
 
-    def settle(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> None:
-        """Forget *batch*, the oldest sealed one: the sink has it."""
-        dead = {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}
+    @property
+    def stored_head(self) -> Window | None:
+        """The oldest sealed window, when it is in files alone."""
+        return self._sealed[0].stored if self._sealed and self._sealed[0].generation is None else None
+
+    @property
+    def head_window(self) -> Window | None:
+        """Where the oldest sealed window is stored, if it is."""
+        return self._sealed[0].stored if self._sealed else None
+
+    def load(self, window: Window, generation: Generation) -> None:
+        """Take back what was read of a stored window."""
+        with self.lock:
+            if self.stored_head is window:
+                sealed = self._sealed[0]
+                sealed.generation = generation
+                sealed.batches = deque(generation.batches(self.max_batch_size))
+                self._recount()
+
+    @property
+    def producer(self) -> UUID:
+        """Whose batches the next ones are."""
+        return self._producer if self._journal is None else self._journal.producer
+
+    def name(self, *, renew: bool = False) -> tuple[UUID, int]:
+        """Return the producer and the sequence of the head.
+
+        Args:
+            renew: go on under a new producer, where the head has no name yet.
+        """
+        sealed = self._sealed[0]
+        if sealed.producer is None:
+            if renew:
+                self._producer, self._next = uuid4(), 1
+            sealed.producer, sealed.first = self._producer, self._next
+            self._next += len(sealed.batches)
+        return sealed.producer, sealed.first + sealed.settled
+
+    def settle(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> Window | None:
+        """Forget *batch*, the oldest sealed one: the sink has it. Return its window if that is done and stored."""
         with self.lock:
             if self.head() is not batch:
-                return  # given up at a deadline, and counted as lost there
-            released = 0
-            for delta in self._batches.popleft():
-                released += self._release(delta)
-                if reason := dead.get(delta.thread_id):
-                    self._totals.dead_lettered[reason] += delta.calls
-                else:
-                    _count(self._totals.applied, delta)
-            self._totals.rows_skipped += applied.skipped
+                return None  # given up at a deadline, and counted as lost there
+            sealed = self._sealed[0]
+            sealed.batches.popleft()
+            sealed.settled += 1
+            self._count(batch, applied)
+            released = sum(self._release(delta) for delta in batch)
             # In this order: until the room grows, whoever counts finds the released threads that wait again.
             self._moves += 1
             self._threads -= released
-            if not self._batches:
-                self.settled = self._sealed_at
-                self._sealed = Generation()
+            if sealed.batches:
+                return None
+            self._sealed.popleft()
+            self.settled = sealed.sealed_at
+            self._recount()
+            return sealed.stored
+
+    def _count(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
+        dead = {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}
+        for delta in batch:
+            if reason := dead.get(delta.thread_id):
+                self._totals.dead_lettered[reason] += delta.calls
+            else:
+                _count(self._totals.applied, delta)
+        self._totals.rows_skipped += applied.skipped
+
+    def recover(self, generation: Generation) -> None:
+        """Count as accepted what an earlier life had accepted and this one is to apply."""
+        with self.lock:
+            for delta in generation.all():
+                _count(self._totals.recovered, delta)
+                self._recovered += delta.calls
+
+    def settle_recovered(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> None:
+        """The sink has *batch*, of an earlier life."""
+        with self.lock:
+            if self._recovered:
+                self._recovered -= sum(delta.calls for delta in batch)
+                self._count(batch, applied)
+
+    def set_aside(self) -> None:
+        """What was recovered and cannot be applied stays in the journal."""
+        with self.lock:
+            self._totals.journaled += self._recovered
+            self._recovered = 0
 
     def abandon(self, reason: str) -> int:
-        """Give up everything pending, counted as lost for *reason*; return the calls."""
+        """Give up everything pending: what the journal has is left to it, the rest is lost for *reason*; return that."""
         with self.lock:
-            while self.drain(len(self.queue)):
-                pass
-            lost = sum(delta.calls for delta in chain(*self._batches, *self._window.batches(self.max_batch_size)))
+            while count := self.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
+                self.folded += count
+            lost = 0
+            for sealed in self._sealed:
+                if sealed.stored is None:
+                    lost += sealed.calls
+                else:
+                    self._totals.journaled += sealed.calls
+            if self._can_store:
+                self._totals.journaled += self._window.calls
+            else:
+                lost += self._window.calls
+            self.set_aside()
+            self.recovering = False
             if lost:
                 self._totals.lost[reason] += lost
-            self._window, self._sealed = Generation(), Generation()
-            self._batches.clear()
-            self._threads = 0
+            self._window = Generation(create_missing=self.create_missing)
+            self._sealed.clear()
+            self._recount()
             self._waiting = None
             self._moves += 1
             self.settled = self.folded
@@ -290,12 +441,19 @@ class Backlog:
     # -- whoever asks ------------------------------------------------------------------------------
 
     def pending(self, thread_id: str) -> ThreadDelta | None:
-        """Return the sum of what is uncommitted of one thread, or `None`."""
+        """Return the sum of what is uncommitted of one thread, or `None`. Reads the files of stored windows."""
         with self.lock:
-            parts = [*self._sealed.of(thread_id), *self._window.of(thread_id)]
-            waiting = [record for record in self.queue.copy() if record[0] == thread_id]
+            stored = [sealed.stored for sealed in self._sealed if sealed.generation is None]
+            parts = [part for generation in self._resident for part in generation.of(thread_id)]
+            late = list(self._window.of(thread_id))
+            waiting = [record for record in self.queue.waiting() if record[0] == thread_id]
+            late = [part.copy() for part in late]
+        for window in stored:
+            if window is not None:
+                parts += window.of(thread_id)
+        parts += late
         if waiting:
-            parts.append(_sum(waiting))
+            parts.append(summed(waiting))
         if not parts:
             return None
         total = parts[0].copy()
@@ -306,78 +464,63 @@ class Backlog:
     def books(self) -> Books:
         """Read all numbers at one instant."""
         with self.lock:
-            waiting = self.queue.copy()
+            waiting = self.queue.waiting()
             totals = self._totals
-            accepted = totals.folded + Counter(KINDS[len(record)] for record in waiting)
+            accepted = totals.folded + totals.recovered + Counter(KINDS[len(record)] for record in waiting)
             settled = totals.applied.total() + totals.dead_lettered.total() + totals.lost.total()
-            unseen = {record[0] for record in waiting if record[0] not in self._window}
-            oldest = self._sealed.oldest_at or self._window.oldest_at or (waiting[0][-1] if waiting else 0)
+            unseen = {record[0] for record in waiting if not self._holds(record[0])}
+            oldest = self._sealed[0].oldest_at if self._sealed else self._window.oldest_at
+            oldest = oldest or next((record[-1] for record in waiting), 0)
+            stored = sum(sealed.threads for sealed in self._sealed if sealed.generation is None)
             return Books(
                 accepted=dict(accepted),
                 applied=dict(totals.applied),
                 dead_lettered=dict(totals.dead_lettered),
                 lost=dict(totals.lost),
                 queue_calls=accepted.total() - settled,
-                threads=self._threads + sum(thread_id not in self._sealed for thread_id in unseen),
+                threads=self._threads + len(unseen) + stored,
                 oldest_at=oldest,
                 rows_skipped=totals.rows_skipped,
+                journaled=totals.journaled,
             )
 
     # -- inside ------------------------------------------------------------------------------------
 
     def _raise_gate(self, calls: int) -> None:
         self._waiting = None  # what came by the gate is not counted there
-        self.gate = 0 if self.closed else max(0, min(calls, self.max_pending - self._threads, self.max_queue_size))
+        room = self.max_queue_size if self.queue.on_disk else self.max_pending - self._threads
+        self.gate = 0 if self.closed else max(0, min(calls, room, self.max_queue_size))
 
     def _fold(self, record: Record) -> None:
-        thread_id = record[0]
-        at = record[-1] // 1_000
-        window = self._window
-        delta = window.deltas.get(thread_id)
-        if delta is None:
-            delta = ThreadDelta(thread_id, at)
-            if not window.oldest_at:
-                window.oldest_at = record[-1]
-            if thread_id not in self._sealed:
+        if self._window.fold(record):
+            thread_id = record[0]
+            for generation in self._resident:
+                if thread_id in generation:
+                    break
+            else:
                 self._threads += 1
                 room = self.max_pending - self._threads
-                if self.gate > room:
-                    self.gate = room
-            window.deltas[thread_id] = delta
-        elif not self.create_missing and not delta.ensures:
-            delta = self._follower(thread_id, delta, record)
-        add(delta, record)
-
-    def _follower(self, thread_id: str, delta: ThreadDelta, record: Record) -> ThreadDelta:
-        followers = self._window.followers
-        if thread_id not in followers and len(record) == _ENSURE:
-            followers[thread_id] = ThreadDelta(thread_id, record[-1] // 1_000)
-        return followers.get(thread_id, delta)
+                if self.gate > room and not self.queue.on_disk:
+                    self.gate = max(0, room)
+        self._totals.folded[KINDS[len(record)]] += 1
 
     def _release(self, delta: ThreadDelta) -> bool:
         """Let go of a settled delta; say whether nothing more of its thread is held."""
-        thread_id, sealed = delta.thread_id, self._sealed
-        part = sealed.deltas if sealed.deltas.get(thread_id) is delta else sealed.followers
-        del part[thread_id]
-        return not self._holds(thread_id)
+        generation = self._sealed[0].generation
+        assert generation is not None  # it was the head
+        generation.release(delta)
+        return not self._holds(delta.thread_id)
 
-
-def add(delta: ThreadDelta, record: Record) -> None:
-    """Add one queued call to *delta*."""
-    at = record[-1] // 1_000
-    if len(record) == 2:
-        delta.ensure(at)
-    elif len(record) == 3:
-        delta.resolve(record[1], at)
-    else:
-        delta.turn(record[1], record[2], record[3], at)
-
-
-def _sum(records: Sequence[Record]) -> ThreadDelta:
-    delta = ThreadDelta(records[0][0], records[0][-1] // 1_000)
-    for record in records:
-        add(delta, record)
-    return delta
+    def _recount(self) -> None:
+        """Count anew what is in memory, after a window came or went."""
+        self._resident = tuple(sealed.generation for sealed in self._sealed if sealed.generation is not None)
+        if not self._resident:
+            self._threads = len(self._window.deltas)
+        elif self._journal is not None:
+            rest = self._resident[0].deltas.keys() | self._resident[0].followers.keys()
+            for generation in (*self._resident[1:], self._window):
+                rest = rest | generation.deltas.keys()
+            self._threads = len(rest)
 
 
 def _count(counter: Counter[str], delta: ThreadDelta) -> None:

@@ -24,9 +24,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from tracker_daemon.backlog import KINDS, LOST_REASONS
+from tracker_daemon.backlog import LOST_REASONS
 from tracker_daemon.flush_numbers import FlushNumbers, Histogram
 from tracker_daemon.front_door import REJECTED_REASONS
+from tracker_daemon.generation import KINDS
 from tracker_daemon.sink import DEAD_REASONS, FAULT_KINDS
 
 if TYPE_CHECKING:

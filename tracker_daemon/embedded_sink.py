@@ -27,7 +27,7 @@ class EmbeddedSink(PostgresSink):
         self._migrated = False
         super().__init__(Connector(lambda: self._server.conninfo), table, create_missing=create_missing)
 
-    async def open(self, producer: UUID, lane: int) -> Opened:
+    async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""
         if not self._migrated:
             # Blocks the worker's thread for about a second, and nobody else.
@@ -36,7 +36,7 @@ class EmbeddedSink(PostgresSink):
             async with connection:
                 await migrate(connection, *self._table)
             self._migrated = True
-        return await super().open(producer, lane)
+        return await super().open(producer, lane, known=known, after=after)
 
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """See `Sink.aclose`."""

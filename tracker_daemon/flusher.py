@@ -4,32 +4,39 @@ Rules:
 1. A batch leaves the backlog only after `Sink.apply` returned.
 2. What an error means is decided here alone, by its kind: `_PLANS`. Nothing is dropped on an error.
 3. `Fenced` and `LedgerMissing` are final for this life: whether the batch was applied must not be guessed.
-4. `LedgerRegressed` proves that the batch in hand is not in the database: it goes again under a new epoch.
+4. Before a batch is applied its ledger stands right before it. What it lacks is applied again from the journal, where
+   that has kept it; the rest is reported, and the ledger moved on. The same step repairs what the database forgot
+   (`LedgerRegressed`) and applies what an earlier process left.
 """
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING, Final
-from uuid import uuid4
 
 import anyio
+import anyio.lowlevel
 
 from tracker_daemon.backoff import PASSING, STANDING, Backoff
 from tracker_daemon.batch import Batch
-from tracker_daemon.errors import Fenced, SchemaError
+from tracker_daemon.errors import Fenced, JournalError, SchemaError
+from tracker_daemon.generation import Generation
+from tracker_daemon.journal.windows import Damage, take
 from tracker_daemon.logs import Rated, get_logger
 from tracker_daemon.sink import Applied, FaultKind, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from uuid import UUID
 
     from tracker_daemon.backlog import Backlog
     from tracker_daemon.clock import Clock
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.flush_numbers import FlushNumbers
+    from tracker_daemon.journal.journal import Journal
+    from tracker_daemon.journal.windows import Life, Window
     from tracker_daemon.sink import Sink
 
 _PLANS: Final[dict[FaultKind, Backoff]] = {
@@ -47,6 +54,7 @@ _QUICK_TRIES_OF_OTHER: Final = 3
 _LETTERS_TOLD: Final = 10
 # Ledger rows without a sign of life for a month are collected: far enough from it.
 _DAY: Final = 86_400.0
+_BREATH: Final = 1_000
 
 
 class Halted(Exception):  # noqa: N818 - not an error of its own: the reason is its cause
@@ -58,8 +66,8 @@ class Flusher:
 
     Args:
         backlog, sink, clock, numbers: the stages it joins, time, and where it counts.
-        producer: this life's identity.
         on_error: called with every error of the sink, in the worker's thread; its own exceptions are logged.
+        journal: where applied windows are kept, and what earlier lives left, or `None`.
     """
 
     lane = 0
@@ -70,13 +78,15 @@ class Flusher:
         sink: Sink,
         clock: Clock,
         numbers: FlushNumbers,
-        producer: UUID,
         on_error: Callable[[BaseException], object] | None,
+        journal: Journal | None = None,
     ) -> None:
         self._backlog, self._sink, self._clock, self._numbers = backlog, sink, clock, numbers
-        self._producer, self._on_error = producer, on_error
-        self._position: Opened | None = None
-        self._batch: Batch | None = None
+        self._on_error, self._journal = on_error, journal
+        self._positions: dict[UUID, Opened] = {}
+        self._acknowledged: dict[UUID, Opened] = {}
+        self._producer: UUID | None = None
+        self._forgotten = False
         self._log = get_logger()
         self._rated = Rated(clock)
         self._random = Random()  # noqa: S311 - jitter
@@ -102,34 +112,57 @@ class Flusher:
 
     async def flush(self) -> None:
         """Apply everything sealed; return when all of it is settled, or the flusher has halted."""
-        while self.halted is None and (deltas := self._backlog.head()) is not None:
-            try:
-                await self._apply(deltas)
-            except Halted as halted:
-                self.halted = halted.__cause__
+        backlog = self._backlog
+        try:
+            while self.halted is None and backlog.in_flight:
+                deltas = backlog.head()
+                if deltas is None:
+                    await self._load_head()
+                    continue
+                window = backlog.head_window
+                if self._journal is not None and window is not None:
+                    await self._make_durable(window)
+                last = self._numbers.last_success
+                # The old identity's ledger row may be collected soon.
+                name = backlog.name(renew=bool(last) and self._clock.wall() - last > _DAY)
+                self._producer = name[0]
+                applied = await self._apply(*name, deltas)
+                window = backlog.settle(deltas, applied)
+                if self._journal is not None and window is not None:
+                    self._journal.applied(window)
+                if self._forgotten:
+                    self._forgotten = False
+                    await self._repair_earlier_lives()
+        except Halted as halted:
+            self.halted = halted.__cause__
 
     async def aclose(self, *, clean: bool) -> None:
         """Let go of the sink; what its ledger says at the end is told."""
         try:
-            await self._sink.aclose(self._producer, self.lane, clean=clean and self.halted is None)
+            producer = self._producer or self._backlog.producer
+            await self._sink.aclose(producer, self.lane, clean=clean and self.halted is None)
         except (LedgerRegressed, LedgerMissing, Fenced) as error:
             self._numbers.regressions += isinstance(error, LedgerRegressed)
             self._tell(error, "ledger_at_close", level="error", always=True)
 
-    async def _apply(self, deltas: tuple[ThreadDelta, ...]) -> None:
+    async def _apply(self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...]) -> Applied:
         tries = regressed = 0
         while True:
             try:
-                batch = await self._identify(deltas)
+                position = await self._reach(producer, sequence)
                 started = self._clock.monotonic()
-                applied = await self._sink.apply(batch)
+                if position.applied_sequence >= sequence:
+                    applied = Applied(rows=0, duplicate=True)
+                else:
+                    batch = Batch(producer, self.lane, position.epoch, sequence, deltas)
+                    applied = await self._sink.apply(batch)
+                    self._stands_at(producer, Opened(position.epoch, sequence))
                 if not isinstance(applied, Applied):
                     raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
             except LedgerRegressed as error:
-                # Proof that the batch in hand is not there: it may take a new identity, under a new epoch.
-                self._batch = self._position = None
-                self._numbers.regressions += 1
-                self._tell(error, "database_forgot_commits", level="error", always=True)
+                # Proof that the batch in hand is not there: it goes again under a new epoch.
+                self._positions.pop(producer, None)
+                self._regressed(error)
                 regressed += 1
                 if regressed > 1:
                     await self._wait_after(error, regressed)
@@ -138,34 +171,195 @@ class Flusher:
                 self._count("other")
                 self._tell(final, "flush_halted", level="critical", always=True)
                 raise Halted from final
+            except Halted:
+                raise
             except Exception as error:
                 tries += 1
                 await self._wait_after(error, tries)
             else:
                 break
-        self._backlog.settle(deltas, applied)
-        self._position, self._batch = Opened(batch.epoch, batch.sequence), None
         self._hurried = False
         self._record(applied, deltas, self._clock.monotonic() - started)
         if tries:
             self._say("info", "flush_recovered", tries=tries)
+        return applied
 
-    async def _identify(self, deltas: tuple[ThreadDelta, ...]) -> Batch:
-        """Return *deltas* under their identity, which they keep from the first try on."""
-        if self._batch is not None and self._batch.deltas is deltas:
-            return self._batch
-        if self._batch is not None:
-            # Given up in doubt: only a new epoch tells where the ledger stands.
-            self._batch = self._position = None
-        last = self._numbers.last_success
-        if self._position is not None and last and self._clock.wall() - last > _DAY:
-            # The old identity's ledger row may be collected soon; nothing is in doubt under it.
-            self._producer, self._position = uuid4(), None
-        if self._position is None:
-            self._position = await self._sink.open(self._producer, self.lane)
-        position = self._position
-        self._batch = Batch(self._producer, self.lane, position.epoch, position.applied_sequence + 1, deltas)
-        return self._batch
+    # -- the ledger --------------------------------------------------------------------------------
+
+    async def _reach(self, producer: UUID, sequence: int) -> Opened:
+        """Return where the ledger stands: right before *sequence*, or at or after it if that is applied already."""
+        position = self._positions.get(producer)
+        if position is None:
+            position = await self._open(producer)
+        if position.applied_sequence < sequence - 1 and self._journal is not None:
+            await self._apply_again(producer, position.applied_sequence, sequence)
+            position = self._positions.get(producer) or await self._open(producer)
+        if position.applied_sequence < sequence - 1:
+            missing = sequence - 1 - position.applied_sequence
+            known = self._acknowledged.get(producer)
+            self._say(
+                "error",
+                "batches_missing",
+                first=position.applied_sequence + 1,
+                last=sequence - 1,
+                batches=missing,
+                forgotten=known is not None and known.applied_sequence > position.applied_sequence,
+            )
+            position = await self._sink.open(producer, self.lane, known=position, after=sequence - 1)
+            self._positions[producer] = position
+        return position
+
+    async def _open(self, producer: UUID, known: Opened | None = None) -> Opened:
+        position = await self._sink.open(producer, self.lane, known=self._acknowledged.get(producer, known))
+        if self._journal is not None:
+            self._journal.opened(producer, position.epoch, position.database)
+        self._positions[producer] = position
+        return position
+
+    def _stands_at(self, producer: UUID, position: Opened) -> None:
+        self._positions[producer] = self._acknowledged[producer] = position
+
+    def _regressed(self, error: LedgerRegressed) -> None:
+        self._numbers.regressions += 1
+        self._forgotten = self._journal is not None
+        self._tell(error, "database_forgot_commits", level="error", always=True)
+
+    # -- the journal -------------------------------------------------------------------------------
+
+    async def _apply_again(self, producer: UUID, after: int, before: int) -> None:
+        """Apply what the journal has kept of *producer*'s batches after the first and before the second sequence."""
+        assert self._journal is not None
+        for window in self._journal.retained(producer):
+            if window.first < before and (window.last is None or window.last > after):
+                calls = 0
+                for sequence, deltas in await self._batches(window):
+                    if after < sequence < before:
+                        await self._apply(producer, sequence, deltas)
+                        calls += sum(delta.calls for delta in deltas)
+                self._journal.replayed += calls
+                self._say("warning", "applied_again", first=window.first, calls=calls)
+
+    async def _repair_earlier_lives(self) -> None:
+        """The database forgot commits of this life: perhaps also some of those that this process had recovered."""
+        assert self._journal is not None
+        for producer in self._journal.retained_producers:
+            if producer != self._journal.producer:
+                with suppress(Halted):
+                    position = await self._persist(lambda producer=producer: self._open(producer))  # type: ignore[misc]
+                    await self._apply_again(producer, position.applied_sequence, sys.maxsize)
+
+    async def recover(self) -> None:
+        """Apply what earlier processes left, each life under its own identity; return when that is done."""
+        journal = self._journal
+        if journal is None:
+            return
+        for life, error in journal.lives():
+            try:
+                if life is None:
+                    raise JournalError(str(error)) from error
+                await self._recover(journal, life)
+            except (Damage, OSError, JournalError, Halted) as problem:
+                self._backlog.set_aside()
+                cause = problem.__cause__ if isinstance(problem, Halted) else problem
+                journal.set_aside(cause or problem)
+                told = JournalError(
+                    f"what an earlier process left in {journal.directory} is not applied: {cause}. It stays there; "
+                    "see `tracker-daemon journal inspect`"
+                )
+                self._tell(told, "journal_set_aside", level="error", always=True)
+        self._numbers.fenced = False
+        self._backlog.recovering = False
+
+    async def _recover(self, journal: Journal, life: Life) -> None:
+        producer = life.producer
+        known = Opened(life.epoch, 0) if life.epoch else None
+        if known is not None:
+            self._acknowledged[producer] = known
+        position = await self._persist(lambda: self._open(producer, known))
+        calls = 0
+        for number, window in enumerate(life.windows):
+            following = life.windows[number + 1].first if number + 1 < len(life.windows) else None
+            last = window.last if window.last is not None else following and following - 1
+            position = self._positions.get(producer, position)
+            if last is None or last > position.applied_sequence:
+                calls += await self._recover_window(window, position)
+            journal.recovered_window(window)
+        journal.recovered_life(producer)
+        self._positions.pop(producer, None)
+        if calls:
+            self._say("info", "journal_applied", life=str(producer), calls=calls)
+
+    async def _recover_window(self, window: Window, position: Opened) -> int:
+        assert self._journal is not None
+        # On the disk before any of it is applied: a loss of power must not change how the rest is cut.
+        await self._in_thread(self._journal.sync_files, window.paths)
+        generation = await self._read(window)
+        self._backlog.recover(generation)
+        calls = generation.calls
+        for number, deltas in enumerate(generation.batches(window.max_batch_size)):
+            sequence = window.first + number
+            if sequence <= position.applied_sequence:
+                applied = Applied(rows=0, duplicate=True)
+            else:
+                applied = await self._apply(window.producer, sequence, deltas)
+            self._backlog.settle_recovered(deltas, applied)
+        self._journal.recovered += calls
+        self._journal.torn += window.torn
+        return calls
+
+    async def _persist(self, do: Callable[[], Awaitable[Opened]]) -> Opened:
+        tries = 0
+        while True:
+            try:
+                return await do()
+            except (Fenced, LedgerMissing) as final:
+                raise Halted from final
+            except Exception as error:
+                tries += 1
+                await self._wait_after(error, tries)
+
+    async def _load_head(self) -> None:
+        """Read the oldest sealed window back from its files."""
+        window = self._backlog.stored_head
+        if window is not None:
+            tries = 0
+            while True:
+                try:
+                    generation = await self._read(window)
+                    break
+                except (OSError, Damage) as error:
+                    # Written by this process: the disk is failing. Held, not guessed.
+                    tries += 1
+                    assert self._journal is not None
+                    self._journal.errors["read"] += 1
+                    await self._wait_after(error, tries)
+            self._backlog.load(window, generation)
+
+    async def _batches(self, window: Window) -> list[tuple[int, tuple[ThreadDelta, ...]]]:
+        generation = await self._read(window)
+        return list(enumerate(generation.batches(window.max_batch_size), window.first))
+
+    async def _read(self, window: Window) -> Generation:
+        generation = Generation(create_missing=window.create_missing)
+        for number, item in enumerate(window.read()):
+            take(generation, item)
+            if not number % _BREATH:
+                await anyio.lowlevel.checkpoint()  # lets go of the interpreter
+        return generation
+
+    async def _make_durable(self, window: Window) -> None:
+        """Bring a window to the disk where its cut into batches, or the setting, asks for it before its flush."""
+        assert self._journal is not None
+        if self._journal.sync_interval == 0 or (window.batches or 2) > 1:
+            await self._in_thread(self._journal.sync)
+            self._journal.release_synced()
+
+    async def _in_thread(self, do: Callable[..., object], *arguments: object) -> None:
+        import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it
+
+        await asyncio.get_running_loop().run_in_executor(None, do, *arguments)
+
+    # -- what is told ------------------------------------------------------------------------------
 
     def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float) -> None:
         numbers, now = self._numbers, self._clock.wall()
@@ -220,7 +414,7 @@ class Flusher:
     def _say(self, level: str, event: str, **fields: object) -> None:
         # What the host's logging raises must not stop the flush, nor pass for an error of the sink.
         with suppress(Exception):
-            getattr(self._log, level)(event, producer=str(self._producer), **fields)
+            getattr(self._log, level)(event, producer=str(self._producer or self._backlog.producer), **fields)
 
 
 def kind_of(error: BaseException) -> FaultKind:

@@ -20,8 +20,9 @@ from tracker_daemon.errors import InvalidCall, QueueFull, TrackerClosed
 from tracker_daemon.logs import Rated, get_logger
 
 if TYPE_CHECKING:
-    from tracker_daemon.backlog import Backlog, Record
+    from tracker_daemon.backlog import Backlog
     from tracker_daemon.clock import Clock
+    from tracker_daemon.generation import Record
 
 REJECTED_REASONS: Final = ("invalid", "full", "closed")
 _KNOWN_AGENTS: Final = 1_024

@@ -62,10 +62,14 @@ class MemorySink:
         self.batches: list[Batch] = []
         """Every batch applied, in order; one that came twice stands here once."""
 
-    async def open(self, producer: UUID, lane: int) -> Opened:
+    async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""
-        before = self.ledger.get((producer, lane), Opened(0, 0))
-        opened = self.ledger[producer, lane] = Opened(before.epoch + 1, before.applied_sequence)
+        before = self.ledger.get((producer, lane))
+        if before is None and known is not None and known.epoch:
+            raise LedgerMissing(str(producer), lane)
+        epoch = max(before.epoch if before else 0, known.epoch if known else 0) + 1
+        applied = max(before.applied_sequence if before else 0, after)
+        opened = self.ledger[producer, lane] = Opened(epoch, applied)
         return opened
 
     async def apply(self, batch: Batch) -> Applied:

@@ -6,6 +6,7 @@ A wrong value raises `ConfigError` when the tracker is made, not later.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prometheus_client.registry import REGISTRY, CollectorRegistry
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Overflow: TypeAlias = Literal["drop", "raise"]
 _MOST_SECONDS = 86_400.0
+_LEAST_QUOTA = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,14 @@ class Settings:
     """How long `close` drains, seconds."""
     registry: CollectorRegistry = REGISTRY
     on_error: Callable[[BaseException], object] | None = None
-    journal: object = None
+    journal: str | PathLike[str] | None = None
+    """The directory of the journal; one tracker each."""
+    journal_sync: float = 0.1
+    """Seconds between two fsyncs of the journal; 0: every window before its flush."""
+    journal_retain: float = 600.0
+    """How long an applied window is kept for a database that forgets it, seconds."""
+    journal_quota: int = 1 << 30
+    """Bytes the journal may take; what is applied and kept takes at most a quarter of them."""
 
     def __post_init__(self) -> None:
         _seconds("flush_interval", self.flush_interval, least=0.001)
@@ -52,8 +61,13 @@ class Settings:
         split_table(self.table)
         if not isinstance(self.registry, CollectorRegistry):
             raise ConfigError("registry", "must be a prometheus_client.CollectorRegistry or None", self.registry)
-        if self.journal is not None:
-            raise ConfigError("journal", "is not in this version; leave it None", self.journal)
+        if self.journal is not None and not isinstance(self.journal, str | PathLike):
+            raise ConfigError("journal", "must be a directory's path or None", self.journal)
+        _seconds("journal_sync", self.journal_sync, least=0.0)
+        _seconds("journal_retain", self.journal_retain, least=0.0)
+        _count("journal_quota", self.journal_quota)
+        if self.journal_quota < _LEAST_QUOTA:
+            raise ConfigError("journal_quota", f"must be at least {_LEAST_QUOTA} bytes", self.journal_quota)
         if self.on_error is not None and not callable(self.on_error):
             raise ConfigError("on_error", "must be callable or None", self.on_error)
 

@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from tracker_daemon.errors import TrackerError
@@ -74,10 +74,17 @@ class LedgerRegressed(TrackerError):  # noqa: N818 - says what is the case
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Where a (producer, lane) stands when opened: this life's epoch, and the highest sequence applied."""
+    """Where a (producer, lane) stands when opened.
+
+    Attributes:
+        epoch: this life's.
+        applied_sequence: the highest sequence applied.
+        database: the system identifier of the database; 0 where there is none.
+    """
 
     epoch: int
     applied_sequence: int
+    database: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +118,15 @@ class Applied:
 class Sink(Protocol):
     """Where a `Tracker` sends its batches; give one to `Tracker(sink)`."""
 
-    async def open(self, producer: UUID, lane: int) -> Opened:
-        """Register this life of (producer, lane): a new epoch, which fences off every older one."""
+    async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
+        """Register this life of (producer, lane): a new epoch, which fences off every older one.
+
+        Args:
+            producer, lane: whose row of the ledger it is.
+            known: where it was seen last. A ledger without it then raises `LedgerMissing`, and the new epoch is above
+                that one too, whatever the database has forgotten.
+            after: the life goes on behind this sequence at least; what the ledger lacks up to it is given up.
+        """
         ...
 
     async def apply(self, batch: Batch) -> Applied:

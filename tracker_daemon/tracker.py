@@ -6,8 +6,8 @@ import os
 import threading
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
-from uuid import uuid4
 
 from prometheus_client.registry import REGISTRY
 
@@ -19,6 +19,7 @@ from tracker_daemon.errors import FlushTimeout, TrackerClosed, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
 from tracker_daemon.front_door import FrontDoor, Refusals
+from tracker_daemon.journal.journal import Journal
 from tracker_daemon.settings import Overflow, Settings
 from tracker_daemon.settings import timeout as checked_timeout
 from tracker_daemon.sinks import sink_factory
@@ -80,7 +81,11 @@ class Tracker(FrontDoor):
         max_pending: distinct threads with uncommitted change held in memory.
         overflow: at a bound or when closed, `"drop"` returns `False`, `"raise"` raises.
         create_missing: whether a turn whose thread has no row creates it; else it changes nothing and is counted.
-        journal: not in this version; must be `None`.
+        journal: a directory, for this tracker alone: an accepted call then survives the death of the process, and, once
+            it is on the disk, a loss of power. The next tracker with it applies what is left.
+        journal_sync: seconds between two fsyncs of the journal; 0: each window before its flush.
+        journal_retain: how long an applied window is kept for a database that forgets commits, seconds.
+        journal_quota: bytes the journal may take; beyond it calls go to memory alone.
         table: the table of conversations, may be schema-qualified; unquoted names fold to lower case.
         shutdown_timeout: how long `close` drains, seconds.
         registry: a Prometheus registry; the global one if `None`.
@@ -88,6 +93,7 @@ class Tracker(FrontDoor):
 
     Raises:
         ConfigError: a value is wrong; the message names it.
+        JournalError: another process uses the journal (the message names its pid), or it cannot be written.
     """
 
     _clock: Clock = SystemClock()
@@ -104,6 +110,9 @@ class Tracker(FrontDoor):
         overflow: Overflow = "drop",
         create_missing: bool = True,
         journal: str | os.PathLike[str] | None = None,
+        journal_sync: float = 0.1,
+        journal_retain: float = 600.0,
+        journal_quota: int = 1 << 30,
         table: str = "conversations",
         shutdown_timeout: float = 10.0,
         registry: CollectorRegistry | None = None,
@@ -121,6 +130,9 @@ class Tracker(FrontDoor):
             registry=REGISTRY if registry is None else registry,
             on_error=on_error,
             journal=journal,
+            journal_sync=journal_sync,
+            journal_retain=journal_retain,
+            journal_quota=journal_quota,
         )
         self._make_sink = sink_factory(sink, self._settings)
         self._raise = overflow == "raise"
@@ -130,10 +142,10 @@ class Tracker(FrontDoor):
         self._collector = collector_of(self._settings.registry)
         self._collector.add(self)
 
-    def _begin(self) -> None:
+    def _begin(self, *, forked: bool = False) -> None:
         """Start a life: empty, with an identity of its own."""
         settings = self._settings
-        self._producer = uuid4()
+        self._journal = self._make_journal(forked=forked)
         self._refusals = Refusals(self._clock)
         self._numbers = FlushNumbers()
         self._backlog = Backlog(
@@ -141,6 +153,7 @@ class Tracker(FrontDoor):
             max_pending=settings.max_pending,
             max_batch_size=settings.max_batch_size,
             create_missing=settings.create_missing,
+            journal=self._journal,
         )
         self._worker = Worker(
             self._backlog,
@@ -148,13 +161,28 @@ class Tracker(FrontDoor):
             self._clock,
             settings.flush_interval,
             lambda: exits.watch(self),
+            self._journal,
         )
         self._pid = os.getpid()  # last: until then another thread finds the old life whole
 
     def _make_flusher(self) -> Callable[[], Flusher]:
-        backlog, numbers, producer = self._backlog, self._numbers, self._producer
+        backlog, numbers, journal = self._backlog, self._numbers, self._journal
         make_sink, clock, on_error = self._make_sink, self._clock, self._settings.on_error
-        return lambda: Flusher(backlog, make_sink(), clock, numbers, producer, on_error)
+        return lambda: Flusher(backlog, make_sink(), clock, numbers, on_error, journal)
+
+    def _make_journal(self, *, forked: bool) -> Journal | None:
+        settings = self._settings
+        if settings.journal is None:
+            return None
+        return Journal(
+            Path(settings.journal),
+            sync_interval=settings.journal_sync,
+            retain=settings.journal_retain,
+            quota=settings.journal_quota,
+            max_batch_size=settings.max_batch_size,
+            create_missing=settings.create_missing,
+            forked=forked,
+        )
 
     # -- the barrier -------------------------------------------------------------------------------
 
@@ -324,7 +352,7 @@ class Tracker(FrontDoor):
 
     def __repr__(self) -> str:
         state = "closed" if self._worker.closed else "running" if self._worker.started else "not started"
-        return f"<Tracker {self._producer} {state}>"
+        return f"<Tracker {self._backlog.producer} {state}>"
 
     # -- told by the process -----------------------------------------------------------------------
 
@@ -337,9 +365,11 @@ class Tracker(FrontDoor):
     def at_fork(self) -> None:
         """This is a fork's child: the parent's calls are the parent's."""
         was_closed = self._worker.closed
-        _inherited.append((self._worker, self._backlog))
+        _inherited.append((self._worker, self._backlog, self._journal))
+        if self._journal is not None:
+            self._journal.forget_fork()
         self._collector.after_fork()
-        self._begin()
+        self._begin(forked=True)
         if was_closed:
             self._worker.stop(0)
 

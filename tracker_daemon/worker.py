@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from anyio.abc import TaskGroup
+
     from tracker_daemon.backlog import Backlog, Books
     from tracker_daemon.clock import Clock
     from tracker_daemon.flusher import Flusher
+    from tracker_daemon.journal.journal import Journal
 
 CHUNK: Final = 1_000
 _BREATH: Final = 0.000_5
@@ -81,6 +84,7 @@ class Worker:
         clock: its time.
         flush_interval: the window, seconds.
         on_start: called by whoever starts the thread.
+        journal: what is brought to the disk from time to time, and ended at the end, or `None`.
     """
 
     def __init__(
@@ -90,12 +94,15 @@ class Worker:
         clock: Clock,
         flush_interval: float,
         on_start: Callable[[], None],
+        journal: Journal | None = None,
     ) -> None:
         for module in _NEEDED:
             with suppress(ImportError):
                 import_module(module)
         self._backlog, self._make_flusher, self._clock = backlog, make_flusher, clock
-        self._on_start = on_start
+        self._on_start, self._journal = on_start, journal
+        self._synced_at = 0.0
+        self._syncing = False
         self._flush_interval = flush_interval
         self.finished: Future[DrainReport] = Future()
         """Set when the thread has ended what it had to do."""
@@ -167,7 +174,7 @@ class Worker:
         done: Future[bool] = Future()
         with self._backlog.lock:
             target = self._backlog.accepted
-            if self._backlog.settled >= target:
+            if self._backlog.settled >= target and not self._backlog.recovering:
                 done.set_result(not self._lost)
                 return done
             self._barriers.append(Barrier(target, done))
@@ -196,7 +203,7 @@ class Worker:
             if unused:
                 self._may_start.clear()
         if unused and not self.finished.done():
-            self.finished.set_result(DrainReport())
+            self._finish("deadline")
         else:
             self.wake()
         return self.finished
@@ -233,6 +240,8 @@ class Worker:
 
     def _finish(self, reason: str) -> None:
         self._backlog.abandon(reason)
+        if self._journal is not None:
+            self._journal.end()
         with suppress(InvalidStateError):  # `give_up` was first
             self.finished.set_result(self._report())
         self._release_barriers(everyone=True)
@@ -250,14 +259,14 @@ class Worker:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._flush_loop, flusher)
-                await self._pump()
+                await self._pump(tasks)
                 await self._end(flusher)
                 tasks.cancel_scope.cancel()
         finally:
             self._loop = None
         self._finish("deadline")
 
-    async def _pump(self) -> None:
+    async def _pump(self, tasks: TaskGroup) -> None:
         idle_looks = 0
         seen_empty = self._clock.monotonic()
         backlog = self._backlog
@@ -273,6 +282,8 @@ class Worker:
                 backlog.close()  # what will never be written is not accepted
             self._release_barriers(everyone=self.halted is not None)
             self._seal_if_due(now, seen_empty)
+            if self._journal is not None:
+                self._keep(self._journal, now, tasks)
             if backlog.queue:
                 await anyio.sleep(_BREATH)
                 continue
@@ -290,6 +301,9 @@ class Worker:
             timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else None
         elif self._backlog.window_threads and not self._backlog.in_flight:
             timeout = max(0.0, seen_empty + self._flush_interval - now)
+        if self._journal is not None and self._journal.sync_interval and not self._syncing and self._journal.dirty:
+            due = max(0.0, self._synced_at + self._journal.sync_interval - now)
+            timeout = due if timeout is None else min(timeout, due)
         if self._stopping:
             left = max(0.0, self._last_moment - now)
             timeout = left if timeout is None else min(timeout, left)
@@ -301,6 +315,8 @@ class Worker:
     def _seal_if_due(self, now: float, opened: float) -> None:
         backlog = self._backlog
         if backlog.in_flight or not backlog.window_threads:
+            if backlog.is_full:
+                backlog.seal()
             return
         if (
             now - opened >= self._flush_interval
@@ -311,7 +327,33 @@ class Worker:
             backlog.seal()
             self._sealed.set()
 
+    def _keep(self, journal: Journal, now: float, tasks: TaskGroup) -> None:
+        """See to the journal: fsync by group, mend what cannot be trusted, let go of what is on the disk."""
+        if self._syncing:
+            return
+        if journal.untrusted:
+            self._backlog.rewrite_sealed()
+        if journal.wants_rewriting:
+            self._backlog.rewrite()
+        if journal.sync_interval and now - self._synced_at >= journal.sync_interval and journal.dirty:
+            self._syncing = True
+            tasks.start_soon(self._sync, journal)
+
+    async def _sync(self, journal: Journal) -> None:
+        import asyncio  # noqa: PLC0415
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, journal.sync)
+            journal.release_synced()
+        finally:
+            self._syncing = False
+            self._synced_at = self._clock.monotonic()
+            self._on_wake()
+
     async def _flush_loop(self, flusher: Flusher) -> None:
+        if self._backlog.recovering:
+            await flusher.recover()
+            self._on_wake()
         while True:
             await self._sealed.wait()
             self._sealed = anyio.Event()
@@ -355,7 +397,8 @@ class Worker:
 
     def _release_barriers(self, *, everyone: bool = False) -> None:
         with self._backlog.lock:
-            reached = [b for b in self._barriers if everyone or self._backlog.settled >= b.target]
+            done = self._backlog.settled if not self._backlog.recovering else -1
+            reached = [b for b in self._barriers if everyone or done >= b.target]
             for barrier in reached:
                 self._barriers.remove(barrier)
         for barrier in reached:
@@ -363,7 +406,10 @@ class Worker:
 
     @property
     def _lost(self) -> bool:
-        return self._stopping and any(self._backlog.books().lost.values())
+        if not self._stopping:
+            return False
+        books = self._backlog.books()
+        return bool(books.journaled) or any(books.lost.values())
 
     def _report(self) -> DrainReport:
         now, before = self._backlog.books(), self._at_stop
@@ -372,5 +418,6 @@ class Worker:
         return DrainReport(
             applied=sum(now.applied.values()) - sum(before.applied.values()),
             dead_lettered=sum(now.dead_lettered.values()) - sum(before.dead_lettered.values()),
+            journaled=now.journaled,
             lost=sum(now.lost.values()) - sum(before.lost.values()),
         )

@@ -16,6 +16,7 @@ import socket
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from psycopg import sql
 from psycopg.rows import tuple_row
 
@@ -24,8 +25,6 @@ from tracker_daemon.postgres.statements import Statements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import psycopg
 
     from tracker_daemon.postgres.connection import Connector
 
@@ -37,6 +36,7 @@ class Session:
         connection: in autocommit.
         statements: for the table that was found.
         pooled: whether a pooler is in between.
+        database: the system identifier of the cluster; 0 where the role may not read it.
         may_stage: whether large batches may go by a temporary table: not behind a pooler, nor without the right to it.
     """
 
@@ -45,6 +45,7 @@ class Session:
         self.statements: Statements
         self.pooled = False
         self.may_stage = False
+        self.database = 0
         self.overdue = False
         """Whether the deadline of an exchange has passed, and with it the connection."""
 
@@ -98,6 +99,10 @@ class Session:
             )
         await cursor.execute("SELECT has_database_privilege(current_database(), 'TEMPORARY')", prepare=False)
         self.may_stage = not self.pooled and await cursor.fetchone() == (True,)
+        with suppress(psycopg.errors.InsufficientPrivilege):
+            await cursor.execute("SELECT system_identifier FROM pg_control_system()", prepare=False)
+            identifier = await cursor.fetchone()
+            self.database = identifier[0] if identifier else 0
         found = await schema.find_schema(self.connection, schema_name, table)
         await schema.check(self.connection, found, table)
         self.statements = Statements(found, table, create_missing)

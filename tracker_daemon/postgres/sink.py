@@ -67,13 +67,13 @@ class PostgresSink:
 
     # -- the port ----------------------------------------------------------------------------------
 
-    async def open(self, producer: UUID, lane: int) -> Opened:
+    async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""
         session = await self._connected()
         try:
             with session.deadline(self._timeout):
                 await session.connection.execute(session.statements["collect"])
-                opened = await self._open(session, producer, lane)
+                opened = await self._open(session, producer, lane, known, after)
         except LedgerMissing:
             raise
         except Exception as error:
@@ -81,10 +81,9 @@ class PostgresSink:
         self._last[producer, lane] = opened
         return opened
 
-    async def _open(self, session: Session, producer: UUID, lane: int) -> Opened:
+    async def _open(self, session: Session, producer: UUID, lane: int, seen_last: Opened | None, after: int) -> Opened:
         key = {"producer": producer, "lane": lane}
-        before = self._last.get((producer, lane))
-        known = 0 if before is None else before.epoch
+        known = max(last.epoch if last else 0 for last in (self._last.get((producer, lane)), seen_last))
         cursor = session.cursor()
         while True:
             await cursor.execute(session.statements["position"], key)
@@ -92,10 +91,11 @@ class PostgresSink:
             if seen is None and known:
                 raise LedgerMissing(str(producer), lane)
             await cursor.execute(
-                session.statements["open"], {**key, "known": known, "seen": 0 if seen is None else seen[0]}
+                session.statements["open"],
+                {**key, "known": known, "seen": 0 if seen is None else seen[0], "after": after},
             )
             if (row := await cursor.fetchone()) is not None:
-                return Opened(*row)
+                return Opened(row[0], row[1], session.database)
             # A late try of ours came in between: look again.
 
     async def apply(self, batch: Batch) -> Applied:

@@ -1,0 +1,55 @@
+"""The queue of calls in memory: callers append, the worker folds.
+
+The journal has one of the same shape, whose calls are in files.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sized
+
+    from tracker_daemon.generation import Record
+
+
+class Calls(Protocol):
+    """What the backlog needs of a queue of calls."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether calls go to a file, so that they need no memory until they are folded."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def append(self, record: Record, /) -> None:
+        """Take one call, from any thread, without a lock."""
+        ...
+
+    def drain(self, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:
+        """Fold at most *limit* calls, and on a disk no more than until *held* has *most* items; return how many."""
+        ...
+
+    def waiting(self) -> Collection[Record]:
+        """Return the calls that wait, in order."""
+        ...
+
+
+class CallQueue(deque["Record"]):
+    """A deque; `append` is the whole cost of a call here."""
+
+    on_disk = False
+
+    def drain(self, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:  # noqa: ARG002
+        """Fold at most *limit* calls; return how many. A call is folded before it is taken off."""
+        count = min(limit, len(self))
+        for _ in range(count):
+            fold(self[0])
+            self.popleft()
+        return count
+
+    def waiting(self) -> deque[Record]:
+        """Return the calls that wait, in order."""
+        return self.copy()

@@ -1,0 +1,526 @@
+"""The journal of one tracker: makes its files, names them, brings them to the disk, keeps and deletes them.
+
+Rules:
+1. A window is a batch (or several) with an identity: its files are named by the producer and the first sequence when
+   it is sealed. A crash between a commit and a file's deletion is resolved by the ledger.
+2. Each life of a process is a producer of its own; what an earlier one left is applied under its identity.
+3. A file whose fsync failed is never trusted again: what it held is written anew from memory.
+4. Where no file can be had calls go to memory: the tracker goes on, `degraded`, and tries again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Final
+from uuid import UUID, uuid4
+
+from tracker_daemon.errors import JournalError
+from tracker_daemon.flush_numbers import SECONDS, Histogram
+from tracker_daemon.journal.lock import DirectoryLock, try_lock
+from tracker_daemon.journal.records import HEADER_SIZE, End, Header, Opened, encode_mark, encode_sum
+from tracker_daemon.journal.segment import Segment
+from tracker_daemon.journal.segment_queue import SegmentQueue
+from tracker_daemon.journal.windows import Damage, Life, Window, life_of, open_name, producer_of, sealed_name
+from tracker_daemon.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tracker_daemon.generation import Generation
+
+_LEAST: Final = 1 << 20
+_MOST: Final = 16 << 20
+_COMPACT_FROM: Final = 32 << 20
+_RETRY_AFTER: Final = 1.0
+# What is applied and kept takes at most this share of the quota.
+_RETAINED_SHARE: Final = 4
+_FORKS: Final = "forks"
+OPERATIONS: Final = ("open", "allocate", "quota", "rename", "fsync", "write", "read", "delete", "damage")
+
+
+class Journal:
+    """A directory, locked.
+
+    Args:
+        directory: made if it is missing.
+        sync_interval: seconds between two fsyncs; 0: each window before its flush.
+        retain: how long an applied window is kept, seconds, in case the database forgets it.
+        quota: bytes the directory may take.
+        max_batch_size, create_missing: how windows are cut into batches.
+        forked: this is a fork's child, whose parent has the directory: take a place of its own below it, when first used.
+
+    Raises:
+        JournalError: another process has the directory, or it cannot be written.
+    """
+
+    lane = 0
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        sync_interval: float,
+        retain: float,
+        quota: int,
+        max_batch_size: int,
+        create_missing: bool,
+        forked: bool = False,
+    ) -> None:
+        self.base, self.sync_interval, self.retain, self.quota = directory, sync_interval, retain, quota
+        self.max_batch_size, self.create_missing = max_batch_size, create_missing
+        self.producer = uuid4()
+        self.queue = SegmentQueue(self._make)
+        self.errors: Counter[str] = Counter()
+        self.fsync_seconds = Histogram(SECONDS)
+        self.degraded = False
+        """Whether calls go to memory alone."""
+        self.torn = 0
+        """Bytes of torn records that recovery passed over."""
+        self.recovered = 0
+        """Calls that were accepted by an earlier process and applied, or found applied, by this one."""
+        self.replayed = 0
+        """Calls applied again because the database had forgotten them."""
+        self.next_first = 1
+        """The sequence of the next window's first batch."""
+        self.compact_from = _COMPACT_FROM
+        self._epoch = self._database = 0
+        self._numbers = count(1)
+        self._sizes: dict[Path, int] = {}
+        self._retained: deque[Window] = deque()
+        self._unsynced: list[Segment] = []
+        self._bad: list[Segment] = []
+        self._names_changed = False
+        self._last_window_bytes = 0
+        self._failed_at = 0.0
+        self._told = False
+        self._lock: DirectoryLock | None = None
+        self._locks: list[DirectoryLock] = []
+        self._left: dict[UUID, list[Path]] = {}
+        self._attaching = RLock()
+        self._ended = False
+        self.directory = directory
+        self._forked = forked
+        if not forked:
+            self._attach()
+
+    # -- the directory -----------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        """Take the directory, or in a fork's child a place below it, and see what was left there."""
+        try:
+            self.base.mkdir(parents=True, exist_ok=True)
+            if self._forked:
+                self._take_place()
+            else:
+                self._lock = DirectoryLock(self.base)
+            self._look(self.directory)
+            self._adopt()
+            probe = self.directory / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            self._release()
+            raise JournalError(f"journal {self.base} cannot be used: {error}") from error
+
+    def _take_place(self) -> None:
+        for number in range(1 << 16):
+            place = self.base / _FORKS / str(number)
+            place.mkdir(parents=True, exist_ok=True)
+            if lock := try_lock(place):
+                self._lock, self.directory = lock, place
+                return
+        raise JournalError(f"journal {self.base / _FORKS}: no free place")
+
+    def _adopt(self) -> None:
+        """See to what children left that have died: whoever comes first recovers it."""
+        for place in sorted((self.base / _FORKS).glob("*")):
+            if (
+                place != self.directory
+                and place.is_dir()
+                and any(place.glob("*.journal"))
+                and (lock := try_lock(place))
+            ):
+                self._locks.append(lock)
+                self._look(place)
+
+    def _look(self, directory: Path) -> None:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if (producer := producer_of(entry.name)) is not None:
+                    path = Path(entry.path)
+                    self._left.setdefault(producer, []).append(path)
+                    self._sizes[path] = entry.stat().st_size
+
+    @property
+    def left(self) -> dict[UUID, list[Path]]:
+        """The files of earlier lives that are not known to be applied, by producer."""
+        return self._left
+
+    @property
+    def bytes(self) -> int:
+        """What the directory takes."""
+        return sum(list(self._sizes.values()))
+
+    @property
+    def files(self) -> int:
+        """How many files there are."""
+        return len(self._sizes)
+
+    def forget_fork(self) -> None:
+        """In a fork's child: the files and the lock are the parent's."""
+        for lock in (self._lock, *self._locks):
+            if lock is not None:
+                lock.release()
+
+    @property
+    def stores_window(self) -> bool:
+        """Whether all of the open window is in files."""
+        return not self._ended and all(segment.path is not None for segment in self.queue.segments)
+
+    # -- making segments ---------------------------------------------------------------------------
+
+    def next_number(self) -> int:
+        """Return the number of a file to come; files are read in the order of their numbers."""
+        return next(self._numbers)
+
+    def _make(self, window: int, size: int, *, anew_as: int | None = None) -> Segment:
+        """Return a new segment; in memory where no file can be had. Called by callers too."""
+        wanted = size + HEADER_SIZE
+        if anew_as is None:
+            wanted = max(_LEAST, min(_MOST, 2 * self._last_window_bytes), wanted + 4_096)
+        number = next(self._numbers) if anew_as is None else anew_as
+        header = Header(
+            self.producer,
+            self.lane,
+            self._epoch,
+            self._database,
+            number,
+            window,
+            anew_as is not None,
+            self.max_batch_size,
+            self.create_missing,
+            time.time_ns(),
+        )
+        if not self._ended and not (self.degraded and time.monotonic() - self._failed_at < _RETRY_AFTER):
+            try:
+                return self._make_file(header, wanted)
+            except (OSError, JournalError, ValueError) as error:
+                self.fail("allocate", error)
+        return Segment(header, wanted, None)
+
+    def _make_file(self, header: Header, size: int) -> Segment:
+        if self._lock is None:
+            with self._attaching:
+                if self._lock is None:
+                    self._attach()
+        if self.bytes + size > self.quota:
+            self.trim(make_room=size)
+            if (taken := self.bytes) + size > self.quota:
+                raise JournalError(
+                    f"the journal's quota is used up: {taken} of {self.quota} bytes, and {size} more are needed"
+                )
+        path = self.directory / open_name(self.producer, header.number)
+        segment = Segment(header, size, path)
+        self._sizes[path] = size
+        self._names_changed = True
+        if self.degraded:
+            self.degraded = self._told = False
+            self._say("info", "journal_recovered", directory=str(self.directory))
+        return segment
+
+    def fail(self, operation: str, error: BaseException) -> None:
+        """Count an error, tell it once, and go on in memory."""
+        self.errors["quota" if "quota" in str(error) else operation] += 1
+        self._failed_at = time.monotonic()
+        self.degraded = True
+        if not self._told:
+            self._told = True
+            self._say("error", "journal_degraded", directory=str(self.directory), operation=operation, error=str(error))
+
+    # -- windows -----------------------------------------------------------------------------------
+
+    def opened(self, producer: UUID, epoch: int, database: int) -> None:
+        """Note that the ledger has registered *producer*, before anything is applied under it."""
+        if producer == self.producer:
+            first = not self._epoch
+            self._epoch, self._database = epoch, database
+            if first and self.queue.begun:
+                self.queue.note(Opened(epoch, database))
+
+    def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
+        """Give the window in *segments* its identity; `None`: it is in memory alone."""
+        first, self.next_first = self.next_first, self.next_first + batches
+        for segment in self.queue.segments:
+            segment.note_first(self.next_first)
+        self._last_window_bytes = sum(segment.end for segment in segments)
+        kept = all(segment.path is not None for segment in segments)
+        if not kept:
+            self._drop(segments)
+            return None
+        for part, segment in enumerate(segments):
+            segment.note_first(first)
+            if segment is segments[-1]:
+                segment.append(encode_mark(End(first, batches, calls)))
+            self._settle_name(segment, sealed_name(self.producer, first, part))
+        self._unsynced += segments
+        return Window(
+            self.producer,
+            self.lane,
+            first,
+            batches,
+            self.max_batch_size,
+            self.create_missing,
+            [segment.path for segment in segments if segment.path is not None],
+            time.time(),
+            calls,
+            threads,
+        )
+
+    def _settle_name(self, segment: Segment, name: str) -> None:
+        assert segment.path is not None
+        before = segment.path
+        try:
+            segment.trim()
+            segment.move(before.parent / name)
+        except OSError as error:  # the name alone: what is in the file tells the same
+            self.errors["rename"] += 1
+            self._say("warning", "journal_rename_failed", path=str(before), error=str(error))
+        self._sizes.pop(before, None)
+        self._sizes[segment.path] = segment.size
+        self._names_changed = True
+
+    def _drop(self, segments: Iterable[Segment]) -> None:
+        for segment in segments:
+            if segment in self._unsynced:
+                self._unsynced.remove(segment)
+            segment.close()
+            if segment.path is not None:
+                self._delete(segment.path)
+
+    def applied(self, window: Window) -> None:
+        """*window* is in the database: keep it for a while."""
+        self._retained.append(window)
+        self.trim()
+
+    def retained(self, producer: UUID) -> list[Window]:
+        """Return what is kept of a producer's applied windows, in order."""
+        return sorted((window for window in self._retained if window.producer == producer), key=lambda w: w.first)
+
+    @property
+    def retained_producers(self) -> list[UUID]:
+        """Those of whom something is kept."""
+        return list(dict.fromkeys(window.producer for window in self._retained))
+
+    def trim(self, make_room: int = 0) -> None:
+        """Delete applied windows: those kept long enough, and the oldest where room is needed.
+
+        The newest stays: a window whose own identity a crash has lost follows the one before it.
+        """
+        now, kept = time.time(), self._retained
+        taken = sum(self._sizes.get(path, 0) for window in list(kept) for path in window.paths)
+        while len(kept) > 1 and (
+            now - kept[0].at > self.retain
+            or taken > self.quota // _RETAINED_SHARE
+            or (make_room and self.bytes + make_room > self.quota)
+        ):
+            try:
+                window = kept.popleft()
+            except IndexError:
+                return
+            for path in window.paths:
+                taken -= self._sizes.get(path, 0)
+                self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        for segment in list(self._unsynced):
+            if segment.path == path:
+                self._unsynced.remove(segment)
+                segment.close()
+        self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        self._sizes.pop(path, None)
+        self._names_changed = True
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self.errors["delete"] += 1
+            self._say("warning", "journal_delete_failed", path=str(path), error=str(error))
+
+    # -- what earlier lives left -------------------------------------------------------------------
+
+    def lives(self) -> Iterator[tuple[Life | None, BaseException | None]]:
+        """Yield every earlier life, the oldest first; or the error instead of one that cannot be read."""
+        found: list[Life] = []
+        for producer, paths in list(self._left.items()):
+            try:
+                found.append(life_of(producer, paths))
+            except (Damage, OSError) as error:
+                yield None, error
+        for life in sorted(found, key=lambda life: life.begun_at):
+            yield life, None
+
+    def recovered_window(self, window: Window) -> None:
+        """All of *window* is in the database."""
+        self.applied(window)
+
+    def recovered_life(self, producer: UUID) -> None:
+        """All that *producer* left is in the database."""
+        self._left.pop(producer, None)
+
+    def set_aside(self, error: BaseException) -> None:
+        """Something of an earlier life cannot be applied: it stays where it is."""
+        self.errors["damage" if isinstance(error, Damage) else "read"] += 1
+
+    def sync_files(self, paths: list[Path]) -> None:
+        """Bring files of an earlier life to the disk. May block."""
+        for path in paths:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.fdatasync(file)
+            finally:
+                os.close(file)
+
+    # -- the disk ----------------------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something is written that may not be on the disk."""
+        return any(segment.end > segment.synced_at for segment in self._unsynced) or any(
+            s.path is not None and s.end > max(s.synced_at, HEADER_SIZE) for s in self.queue.segments
+        )
+
+    def sync(self) -> None:
+        """Bring everything written until now to the disk. May block; not in the worker's own loop."""
+        for segment in [*self._unsynced, *self.queue.segments]:
+            if segment.path is None or segment.end <= segment.synced_at or segment in self._bad:
+                continue
+            began = time.monotonic()
+            try:
+                segment.sync()
+            except (OSError, ValueError) as error:
+                if not segment.closed:
+                    self._bad.append(segment)
+                    self.fail("fsync", error)
+            else:
+                self.fsync_seconds.observe(time.monotonic() - began)
+        if self._names_changed:
+            self._names_changed = False
+            try:
+                self._sync_directory()
+            except OSError as error:
+                self._names_changed = True
+                self.fail("fsync", error)
+
+    def _sync_directory(self) -> None:
+        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def release_synced(self) -> None:
+        """Let go of the maps of sealed files that are on the disk."""
+        for segment in list(self._unsynced):
+            if segment.end <= segment.synced_at:
+                self._unsynced.remove(segment)
+                segment.close()
+
+    @property
+    def untrusted(self) -> list[Segment]:
+        """Segments whose fsync failed: what they held is to be written anew."""
+        return self._bad
+
+    def write_anew(
+        self, generation: Generation, header: Header, number: int, first: int, *, sealed: bool
+    ) -> Segment | None:
+        """Write what *generation* holds to a new file, on the disk; `None`: no file can be had.
+
+        Args:
+            header: of a file of the same window.
+            number: the new file's; it takes the place of every file of the window with a lower one.
+            first: the sequence of the first batch in it.
+            sealed: whether the window is.
+        """
+        data = bytearray()
+        for delta, late in generation.sums():
+            data += encode_sum(delta, late=late)
+        calls = generation.calls
+        batches = sum(1 for _ in generation.batches(self.max_batch_size)) if sealed else 0
+        data += encode_mark(End(first if sealed else 0, batches, calls))
+        segment = self._make(header.window, len(data), anew_as=number)
+        if segment.path is None:
+            return None
+        segment.write(bytes(data))
+        segment.freeze()
+        segment.note_first(first)
+        try:
+            segment.sync()
+            if sealed:
+                self._settle_name(segment, sealed_name(self.producer, first, 0))
+            self._sync_directory()
+        except OSError as error:
+            self.fail("fsync", error)
+            self._drop([segment])
+            return None
+        return segment
+
+    def drop(self, replaced: list[Segment]) -> None:
+        """Delete files whose place another has taken."""
+        for segment in replaced:
+            if segment in self._bad:
+                self._bad.remove(segment)
+        self._drop(replaced)
+
+    @property
+    def wants_rewriting(self) -> bool:
+        """Whether the open window has files that are not to be trusted, or many times what its sum would take."""
+        segments = self.queue.segments
+        if any(segment in self._bad for segment in segments):
+            return not self.degraded or time.monotonic() - self._failed_at >= _RETRY_AFTER
+        if not self.stores_window:
+            return False
+        summed = sum(segment.end for segment in segments if segment.header.anew)
+        return sum(segment.end for segment in segments) > max(self.compact_from, 4 * summed)
+
+    def unsynced_of(self, window: Window) -> list[Segment]:
+        """Return the segments of a sealed window that are still held."""
+        return [segment for segment in self._unsynced if segment.path in window.paths]
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Bring everything to the disk and let go of the directory."""
+        if self._ended:
+            return
+        self._ended = True
+        left = self.queue.end()
+        self._unsynced += [segment for segment in left if segment.path is not None and segment.end > HEADER_SIZE]
+        for segment in left:
+            if segment.path is None or segment.end <= HEADER_SIZE:
+                self._drop([segment])
+            else:
+                with suppress(OSError):
+                    segment.trim()
+        self.sync()
+        for segment in self._unsynced:
+            segment.close()
+        self._unsynced.clear()
+        self._release()
+
+    def _release(self) -> None:
+        for lock in (self._lock, *self._locks):
+            if lock is not None:
+                lock.release()
+        self._lock = None
+        self._locks.clear()
+
+    def _say(self, level: str, event: str, **fields: object) -> None:
+        with suppress(Exception):  # the host's logging must not reach a caller
+            getattr(get_logger(), level)(event, **fields)

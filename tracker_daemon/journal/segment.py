@@ -1,0 +1,158 @@
+"""One file of the journal, mapped into memory; or, when no file can be had, the same in memory alone.
+
+Rules:
+1. The file is allocated before it is mapped: a hole in it would be a SIGBUS, which kills the process, when the disk is
+   full.
+2. `write` is one C function that copies and moves the position while it holds the interpreter: of several threads, or
+   a signal handler in the middle of one, each gets a place of its own, and no lock is taken.
+3. Once frozen nobody can write: `write` raises `ValueError`, as it does when the file is full.
+4. What is written is in the operating system's hands; after `sync` it is on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from mmap import ACCESS_READ, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
+from typing import TYPE_CHECKING
+
+from tracker_daemon.journal.records import FIRST_AT, FRAME, HEADER_SIZE, SYNCED_AT, WORD, Damaged, Header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+class Segment:
+    """A file that is written, or was.
+
+    Attributes:
+        header: what it says of itself.
+        path: where it is; `None` in memory alone.
+        write: appends bytes, all or none; `ValueError` when they do not fit or the segment is frozen.
+        size: bytes allocated.
+        frozen_at: where the records end, once frozen.
+        synced_at: up to where it is on the disk.
+    """
+
+    def __init__(self, header: Header, size: int, path: Path | None) -> None:
+        self.header, self.path, self.size = header, path, size
+        self.frozen_at: int | None = None
+        self.synced_at = 0
+        self._file = -1
+        if path is None:
+            self.map = mmap(-1, size)
+        else:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.open(path, flags, 0o600)
+            try:
+                os.posix_fallocate(self._file, 0, size)
+                self.map = mmap(self._file, size, MAP_SHARED, PROT_READ | PROT_WRITE)
+            except BaseException:
+                os.close(self._file)
+                os.unlink(path)
+                raise
+        data = header.encode()
+        self.map[: len(data)] = data
+        self.map.seek(HEADER_SIZE)
+        self.write: Callable[[bytes], int] = self.map.write
+
+    @property
+    def end(self) -> int:
+        """Up to where records may be read now."""
+        return self.map.tell() if self.frozen_at is None else self.frozen_at
+
+    def freeze(self) -> None:
+        """Let nobody write any more. What others have written meanwhile is in."""
+        if self.frozen_at is not None:
+            return
+        end = self.map.tell()
+        self.map.seek(self.size)
+        # Between these two steps another thread may have written: its record stands where `end` was.
+        while end + FRAME.size <= self.size and (length := FRAME.unpack_from(self.map, end)[0]):
+            end += FRAME.size + length
+        self.frozen_at = end
+
+    def append(self, data: bytes) -> bool:
+        """Write after the end of a frozen segment, where there is room; say whether there was."""
+        assert self.frozen_at is not None
+        end = self.frozen_at + len(data)
+        if end > self.size:
+            return False
+        self.map[self.frozen_at : end] = data
+        self.frozen_at = end
+        return True
+
+    def note_first(self, sequence: int) -> None:
+        """Note the sequence of the window's first batch."""
+        WORD.pack_into(self.map, FIRST_AT, sequence)
+
+    def sync(self) -> int:
+        """Bring what is written now to the disk; return the bytes from the start that are there.
+
+        May block for long. Raises `OSError`; the file must then not be trusted any more: what a second try reports
+        says nothing of the pages that the first one gave up.
+        """
+        end = self.end
+        if self._file >= 0:
+            os.fdatasync(self._file)
+            WORD.pack_into(self.map, SYNCED_AT, end)
+        self.synced_at = end
+        return end
+
+    def trim(self) -> None:
+        """Give back the allocated rest of a frozen file."""
+        assert self.frozen_at is not None
+        if self._file >= 0:
+            os.ftruncate(self._file, self.frozen_at)
+            self.size = self.frozen_at
+
+    def move(self, path: Path) -> None:
+        """Give the file another name."""
+        if self.path is not None:
+            self.path.rename(path)
+            self.path = path
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.map.closed
+
+    def close(self) -> None:
+        """Let go of the map and the file, which stays. Nobody may read or write any more."""
+        self.write = _closed
+        self.map.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _closed(data: bytes) -> int:
+    raise ValueError("the segment is closed")
+
+
+class Written:
+    """A file of the journal that is read: of an earlier life, or after it was let go of.
+
+    Raises:
+        Damaged: the header is none.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            if self.size < HEADER_SIZE:
+                raise Damaged(f"{self.size} bytes, no header")
+            self.map = mmap(file.fileno(), self.size, access=ACCESS_READ)
+        try:
+            self.header = Header.decode(self.map[:HEADER_SIZE])
+        except Damaged:
+            self.map.close()
+            raise
+        self.first: int = WORD.unpack_from(self.map, FIRST_AT)[0]
+        self.synced_at: int = WORD.unpack_from(self.map, SYNCED_AT)[0]
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.map.close()

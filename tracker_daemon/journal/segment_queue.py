@@ -1,0 +1,209 @@
+"""The queue of calls, when it is the journal: a call is written once, and the worker reads it from there.
+
+Rules:
+1. A record is in the operating system's hands before the call returns.
+2. Which calls belong to which window is decided by the files alone: a window ends where its last file was frozen.
+3. Callers take turns when a file is full; the worker takes that lock for a few instructions and never for I/O.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from threading import RLock
+from typing import TYPE_CHECKING
+
+from tracker_daemon.journal import records
+from tracker_daemon.journal.records import FRAME, HEADER_SIZE, Opened
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sized
+
+    from tracker_daemon.generation import Record
+    from tracker_daemon.journal.segment import Segment
+
+
+class SegmentQueue(deque[None]):
+    """Holds an item for each call waiting, so that its length is theirs; the calls are in the segments.
+
+    Args:
+        make: returns a new segment for a window with room for so many bytes. Must not raise.
+    """
+
+    def __init__(self, make: Callable[[int, int], Segment]) -> None:
+        super().__init__()
+        self._make = make
+        self._count = super().append
+        self._turn = RLock()
+        self._chain: deque[Segment] = deque()
+        self._read: list[Segment] = []
+        self._offset = HEADER_SIZE
+        self._segment: Segment | None = None
+        self._write: Callable[[bytes], object] = _nowhere
+        self._window = 1
+        self._stop: Segment | None = None
+        self._agents: dict[str | None, str | None] = {}
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether calls go to a file now."""
+        return self._segment is not None and self._segment.path is not None
+
+    # -- the calls' side ---------------------------------------------------------------------------
+
+    def append(self, record: Record) -> None:  # type: ignore[override]  # what is counted and what is written differ
+        """Write one call."""
+        data = records.encode(record)
+        while True:
+            write = self._write
+            try:
+                write(data)
+                break
+            except ValueError:  # full, or frozen meanwhile
+                self._roll(write, len(data))
+        self._count(None)
+
+    def _roll(self, seen: Callable[[bytes], object], size: int) -> None:
+        with self._turn:
+            if self._write is seen:
+                segment = self._make(self._window, size)
+                # A signal handler that called in between has brought a segment of its own: this one follows it.
+                self._install(segment)
+
+    def _install(self, segment: Segment) -> None:
+        old = self._segment
+        self._chain.append(segment)
+        self._segment = segment
+        self._write = segment.write
+        if old is not None:
+            old.freeze()
+
+    # -- the worker's side -------------------------------------------------------------------------
+
+    def drain(self, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:
+        """Read at most *limit* calls of this window, until *held* has *most* items; return how many."""
+        count = 0
+        chain, agents = self._chain, self._agents
+        while chain and count < limit:
+            segment, offset = chain[0], self._offset
+            frozen = segment.frozen_at is not None
+            end, data = segment.end, segment.map
+            while offset + FRAME.size <= end and count < limit and len(held) < most:
+                length = FRAME.unpack_from(data, offset)[0]
+                if not length:
+                    break  # it is being frozen: the position is no longer the end
+                offset += FRAME.size
+                record = records.decode(data[offset : offset + length])
+                offset += length
+                if not isinstance(record, tuple):
+                    self._offset = offset
+                    continue  # a mark
+                if len(record) == 5:
+                    agent = record[1]
+                    if len(agents) > 4_096:
+                        agents.clear()
+                    record = (record[0], agents.setdefault(agent, agent), *record[2:])
+                fold(record)
+                self._offset = offset
+                count += 1
+            if len(chain) == 1 or not frozen or offset < end:
+                break
+            if chain[1].header.window != segment.header.window or chain[1] is self._stop:
+                break
+            self._read.append(chain.popleft())
+            self._offset = HEADER_SIZE
+        for _ in range(min(count, len(self))):
+            self.popleft()
+        if not count and len(self):
+            self._recount()
+        return count
+
+    def _recount(self) -> None:
+        # A call that an asynchronous exception ended between its two steps is read and was never counted.
+        if not self.waiting():
+            self.clear()
+
+    def waiting(self) -> list[Record]:
+        """Return the calls that wait, in order."""
+        found: list[Record] = []
+        offset = self._offset
+        for segment in tuple(self._chain):
+            end = segment.end
+            while offset + FRAME.size <= end and (length := FRAME.unpack_from(segment.map, offset)[0]):
+                offset += FRAME.size
+                record = records.decode(segment.map[offset : offset + length])
+                offset += length
+                if isinstance(record, tuple):
+                    found.append(record)
+            offset = HEADER_SIZE
+        return found
+
+    def prepare_cut(self) -> Segment:
+        """Return a segment for the next window. Does I/O: before anything is locked."""
+        return self._make(self._window + 1, 0)
+
+    def cut(self, following: Segment) -> None:
+        """End the window: calls go to *following* from here on."""
+        with self._turn:
+            self._window += 1
+            self._install(following)
+
+    def prepare_within(self) -> Segment:
+        """Return a segment for this window. Does I/O: before anything is locked."""
+        return self._make(self._window, 0)
+
+    def cut_within(self, following: Segment) -> None:
+        """Go on with *following* in the same window; `drain` stops before it, until `put_back`."""
+        with self._turn:
+            self._install(following)
+        self._stop = following
+
+    def put_back(self, segments: list[Segment]) -> None:
+        """Have *segments*, which are read, in the place of those that `take_read` gave."""
+        self._read = [*segments, *self._read]
+        self._stop = None
+
+    def take_read(self) -> list[Segment]:
+        """Return the segments that were read to their end since the last time: those of the window that was cut."""
+        chain = self._chain
+        while len(chain) > 1 and chain[0].frozen_at is not None and self._offset >= chain[0].frozen_at:
+            self._read.append(chain.popleft())
+            self._offset = HEADER_SIZE
+        read, self._read = self._read, []
+        return read
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was written since the window began."""
+        return bool(self._read) or (bool(self._chain) and (len(self._chain) > 1 or self._chain[0].end > HEADER_SIZE))
+
+    def note(self, opened: Opened) -> None:
+        """Write a mark among the calls."""
+        data = records.encode_mark(opened)
+        while True:
+            write = self._write
+            try:
+                write(data)
+                return
+            except ValueError:
+                self._roll(write, len(data))
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Every segment of the open window, and of one that is just being cut."""
+        return [*self._read, *self._chain]
+
+    def end(self) -> list[Segment]:
+        """Stop: freeze and return what is left. A call that comes later goes to memory alone."""
+        with self._turn:
+            segment, self._segment, self._write = self._segment, None, _nowhere
+            if segment is not None:
+                segment.freeze()
+        left, self._read = [*self._read, *self._chain], []
+        self._chain.clear()
+        self._offset = HEADER_SIZE
+        self.clear()
+        return left
+
+
+def _nowhere(data: bytes) -> None:
+    raise ValueError("no segment yet")
