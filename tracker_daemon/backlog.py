@@ -255,7 +255,7 @@ class Backlog:
             return self.folded + len(self.queue.waiting())
 
     def seal(self) -> None:
-        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or can be nowhere else."""
+        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or is in no file."""
         journal = self._journal
         following = None if journal is None else journal.queue.prepare_cut()
         with self.lock:
@@ -412,7 +412,7 @@ class Backlog:
             self._recovered = 0
 
     def abandon(self, reason: str) -> int:
-        """Give up everything pending: what the journal has is left to it, the rest is lost for *reason*; return that."""
+        """Give up everything pending: what the journal has stays there, the rest is lost for *reason*; return that."""
         with self.lock:
             while count := self.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
                 self.folded += count

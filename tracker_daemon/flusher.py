@@ -146,19 +146,14 @@ class Flusher:
             self._tell(error, "ledger_at_close", level="error", always=True)
 
     async def _apply(self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...]) -> Applied:
+        """Apply one batch, however long it takes, and return what became of it."""
         tries = regressed = 0
+        started = self._clock.monotonic()
         while True:
             try:
                 position = await self._reach(producer, sequence)
                 started = self._clock.monotonic()
-                if position.applied_sequence >= sequence:
-                    applied = Applied(rows=0, duplicate=True)
-                else:
-                    batch = Batch(producer, self.lane, position.epoch, sequence, deltas)
-                    applied = await self._sink.apply(batch)
-                    self._stands_at(producer, Opened(position.epoch, sequence))
-                if not isinstance(applied, Applied):
-                    raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
+                applied = await self._try(position, producer, sequence, deltas)
             except LedgerRegressed as error:
                 # Proof that the batch in hand is not there: it goes again under a new epoch.
                 self._positions.pop(producer, None)
@@ -182,6 +177,15 @@ class Flusher:
         self._record(applied, deltas, self._clock.monotonic() - started)
         if tries:
             self._say("info", "flush_recovered", tries=tries)
+        return applied
+
+    async def _try(self, position: Opened, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...]) -> Applied:
+        if position.applied_sequence >= sequence:
+            return Applied(rows=0, duplicate=True)
+        applied = await self._sink.apply(Batch(producer, self.lane, position.epoch, sequence, deltas))
+        if not isinstance(applied, Applied):
+            raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
+        self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence)
         return applied
 
     # -- the ledger --------------------------------------------------------------------------------
@@ -214,10 +218,9 @@ class Flusher:
         if self._journal is not None:
             self._journal.opened(producer, position.epoch, position.database)
         self._positions[producer] = position
+        if producer not in self._acknowledged:
+            self._acknowledged[producer] = position
         return position
-
-    def _stands_at(self, producer: UUID, position: Opened) -> None:
-        self._positions[producer] = self._acknowledged[producer] = position
 
     def _regressed(self, error: LedgerRegressed) -> None:
         self._numbers.regressions += 1

@@ -122,7 +122,8 @@ class Sink(Protocol):
         """Register this life of (producer, lane): a new epoch, which fences off every older one.
 
         Args:
-            producer, lane: whose row of the ledger it is.
+            producer: whose row of the ledger it is.
+            lane: which of its streams.
             known: where it was seen last. A ledger without it then raises `LedgerMissing`, and the new epoch is above
                 that one too, whatever the database has forgotten.
             after: the life goes on behind this sequence at least; what the ledger lacks up to it is given up.

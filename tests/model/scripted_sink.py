@@ -141,15 +141,15 @@ class ScriptedSink(MemorySink):
 
     # -- the port ----------------------------------------------------------------------------------
 
-    async def open(self, producer: UUID, lane: int) -> Opened:
+    async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""
         self.opened.append(producer)
         await pause("open")
         outcome = self._next()
         seen, last = self.ledger.get((producer, lane)), self.last.get(producer)
-        known = 0 if last is None else last.epoch
+        epoch = max(seen_last.epoch if seen_last else 0 for seen_last in (last, known))
         opened = self.last[producer] = self._attempt(
-            outcome, lambda: self._open((producer, lane), seen, known), "opens"
+            outcome, lambda: self._open((producer, lane), seen, epoch, after), "opens"
         )
         return opened
 
@@ -246,7 +246,7 @@ class ScriptedSink(MemorySink):
         except (_Passed, Fenced, LedgerMissing, LedgerRegressed):
             return None
 
-    def _open(self, key: tuple[UUID, int], seen: Opened | None, known: int) -> Opened:
+    def _open(self, key: tuple[UUID, int], seen: Opened | None, known: int, after: int) -> Opened:
         self._collect()
         found = self.ledger.get(key)
         if found is None and known:
@@ -254,7 +254,7 @@ class ScriptedSink(MemorySink):
         if (found and found.epoch) != (seen and seen.epoch):
             raise _Passed
         before = found or Opened(0, 0)
-        opened = self.ledger[key] = Opened(max(before.epoch, known) + 1, before.applied_sequence)
+        opened = self.ledger[key] = Opened(max(before.epoch, known) + 1, max(before.applied_sequence, after))
         self._commit(key, opens=True)
         return opened
 

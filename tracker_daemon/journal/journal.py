@@ -53,7 +53,7 @@ class Journal:
         retain: how long an applied window is kept, seconds, in case the database forgets it.
         quota: bytes the directory may take.
         max_batch_size, create_missing: how windows are cut into batches.
-        forked: this is a fork's child, whose parent has the directory: take a place of its own below it, when first used.
+        forked: this is a fork's child, whose parent has the directory: it takes a place of its own below, at first use.
 
     Raises:
         JournalError: another process has the directory, or it cannot be written.
@@ -443,6 +443,7 @@ class Journal:
         """Write what *generation* holds to a new file, on the disk; `None`: no file can be had.
 
         Args:
+            generation: the sums.
             header: of a file of the same window.
             number: the new file's; it takes the place of every file of the window with a lower one.
             first: the sequence of the first batch in it.

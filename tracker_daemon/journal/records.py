@@ -13,10 +13,10 @@ Rules:
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from decimal import Decimal
 from struct import Struct
-from struct import error as StructError
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
 from zlib import crc32
@@ -165,11 +165,11 @@ def decode(payload: bytes) -> Record | Sum | Opened | End:
     """
     try:
         return _decode(payload)
-    except (StructError, UnicodeDecodeError, ArithmeticError, IndexError, ValueError) as error:
+    except (struct.error, UnicodeDecodeError, ArithmeticError, IndexError, ValueError) as error:
         raise Damaged(f"a payload of kind {payload[0]} that cannot be read: {error}") from error
 
 
-def _decode(payload: bytes) -> Record | Sum | Opened | End:
+def _decode(payload: bytes) -> Record | Sum | Opened | End:  # noqa: PLR0911 - a return a kind
     kind = payload[0]
     if kind == TURN:
         _, at, tokens, cost, n, m = _TURN.unpack_from(payload)

@@ -49,7 +49,7 @@ class Segment:
                 self.map = mmap(self._file, size, MAP_SHARED, PROT_READ | PROT_WRITE)
             except BaseException:
                 os.close(self._file)
-                os.unlink(path)
+                path.unlink()
                 raise
         data = header.encode()
         self.map[: len(data)] = data
@@ -126,7 +126,7 @@ class Segment:
             self._file = -1
 
 
-def _closed(data: bytes) -> int:
+def _closed(_: object) -> int:
     raise ValueError("the segment is closed")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tracker_daemon.journal import records
 from tracker_daemon.journal.records import FRAME, HEADER_SIZE, Opened
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from tracker_daemon.generation import Record
     from tracker_daemon.journal.segment import Segment
+
+_KNOWN_AGENTS: Final = 4_096
 
 
 class SegmentQueue(deque[None]):
@@ -53,14 +55,21 @@ class SegmentQueue(deque[None]):
     def append(self, record: Record) -> None:  # type: ignore[override]  # what is counted and what is written differ
         """Write one call."""
         data = records.encode(record)
+        try:
+            self._write(data)
+        except ValueError:
+            self._put(data)
+        self._count(None)
+
+    def _put(self, data: bytes) -> None:
         while True:
             write = self._write
             try:
                 write(data)
-                break
             except ValueError:  # full, or frozen meanwhile
                 self._roll(write, len(data))
-        self._count(None)
+            else:
+                return
 
     def _roll(self, seen: Callable[[bytes], object], size: int) -> None:
         with self._turn:
@@ -81,33 +90,12 @@ class SegmentQueue(deque[None]):
 
     def drain(self, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:
         """Read at most *limit* calls of this window, until *held* has *most* items; return how many."""
-        count = 0
-        chain, agents = self._chain, self._agents
+        count, chain = 0, self._chain
         while chain and count < limit:
-            segment, offset = chain[0], self._offset
-            frozen = segment.frozen_at is not None
-            end, data = segment.end, segment.map
-            while offset + FRAME.size <= end and count < limit and len(held) < most:
-                length = FRAME.unpack_from(data, offset)[0]
-                if not length:
-                    break  # it is being frozen: the position is no longer the end
-                offset += FRAME.size
-                record = records.decode(data[offset : offset + length])
-                offset += length
-                if not isinstance(record, tuple):
-                    self._offset = offset
-                    continue  # a mark
-                if len(record) == 5:
-                    agent = record[1]
-                    if len(agents) > 4_096:
-                        agents.clear()
-                    record = (record[0], agents.setdefault(agent, agent), *record[2:])
-                fold(record)
-                self._offset = offset
-                count += 1
-            if len(chain) == 1 or not frozen or offset < end:
-                break
-            if chain[1].header.window != segment.header.window or chain[1] is self._stop:
+            segment = chain[0]
+            frozen = segment.frozen_at is not None  # looked at first: what is written later is read the next time
+            count += self._drain_one(segment, fold, limit - count, held, most)
+            if not frozen or self._offset < segment.end or not self._may_follow(segment):
                 break
             self._read.append(chain.popleft())
             self._offset = HEADER_SIZE
@@ -115,6 +103,33 @@ class SegmentQueue(deque[None]):
             self.popleft()
         if not count and len(self):
             self._recount()
+        return count
+
+    def _may_follow(self, segment: Segment) -> bool:
+        """Whether the segment after the first one belongs to the same window, and may be read."""
+        if len(self._chain) == 1:
+            return False
+        following = self._chain[1]
+        return following is not self._stop and following.header.window == segment.header.window
+
+    def _drain_one(self, segment: Segment, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:
+        data, end, agents, offset, count = segment.map, segment.end, self._agents, self._offset, 0
+        if len(agents) > _KNOWN_AGENTS:
+            agents.clear()
+        while offset + FRAME.size <= end and count < limit and len(held) < most:
+            length = FRAME.unpack_from(data, offset)[0]
+            if not length:
+                break  # it is being frozen: the position is no longer the end
+            offset += FRAME.size
+            record = records.decode(data[offset : offset + length])
+            offset += length
+            if isinstance(record, tuple):
+                if len(record) == 5:
+                    # One string for all turns of an agent, as the door has it.
+                    record = (record[0], agents.setdefault(record[1], record[1]), *record[2:])
+                fold(record)
+                count += 1
+            self._offset = offset
         return count
 
     def _recount(self) -> None:
@@ -178,14 +193,7 @@ class SegmentQueue(deque[None]):
 
     def note(self, opened: Opened) -> None:
         """Write a mark among the calls."""
-        data = records.encode_mark(opened)
-        while True:
-            write = self._write
-            try:
-                write(data)
-                return
-            except ValueError:
-                self._roll(write, len(data))
+        self._put(records.encode_mark(opened))
 
     @property
     def segments(self) -> list[Segment]:
@@ -205,5 +213,5 @@ class SegmentQueue(deque[None]):
         return left
 
 
-def _nowhere(data: bytes) -> None:
+def _nowhere(_: bytes) -> None:
     raise ValueError("no segment yet")
