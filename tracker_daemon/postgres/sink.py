@@ -8,11 +8,17 @@ Rules:
    comes again.
 4. Data that the database refuses is looked for by halving, each half under a savepoint, all in one transaction: what
    stands alone is set aside as a dead letter, the rest commits with it.
+5. An error that may be about the table as well (`_IN_DOUBT`) is looked for in the same way, but only once the same
+   batch has failed by such a one three times, and sets nothing aside unless another row of the batch goes through.
+   Else the batch is held, and fails as before: so is for ever, until it is mended, one whose only row fails so, for
+   nothing tells that from a table at fault, and no later batch may pass it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
@@ -30,12 +36,17 @@ if TYPE_CHECKING:
 
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.postgres.connection import Connector
+    from tracker_daemon.sink import FaultKind
 
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
 _COPY_BREATH: Final = 256
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
+# What a table raises that is not as it should be, and as well a trigger of it for one row only.
+_IN_DOUBT: Final[tuple[FaultKind, ...]] = ("schema", "other")
+_TRIES_IN_DOUBT: Final = 3
+_PROBES: Final = 16
 
 
 class PostgresSink:
@@ -64,6 +75,9 @@ class PostgresSink:
         self._copy_from = copy_from
         self._session: Session | None = None
         self._last: dict[tuple[UUID, int], Opened] = {}
+        self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
+        """How often the batch in hand failed on a sound connection by what may be about the table or about a row."""
+        self._random = Random()  # noqa: S311 - which rows are tried first
 
     # -- the port ----------------------------------------------------------------------------------
 
@@ -109,8 +123,11 @@ class PostgresSink:
             fault = await self._failed(session, error, f"flushing {len(batch.deltas)} threads")
             if fault.kind == "timeout":
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
+            if fault.kind in _IN_DOUBT and not session.connection.broken:
+                self._in_doubt[_identity(batch)] += 1
             raise fault from error
         self._timeout = self._first_timeout
+        self._in_doubt.clear()
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
@@ -181,7 +198,7 @@ class PostgresSink:
                     return await self._flush_copy(session, batch)
                 return await self._flush_arrays(session, batch)
             except Exception as error:
-                if faults.kind_of(error) != "data" or session.connection.broken:
+                if not _may_be_of_a_row(error, session, self._doubts(batch)):
                     raise
             await session.connection.rollback()
         # Many statements: each has a deadline of its own.
@@ -255,6 +272,10 @@ class PostgresSink:
 
     # -- bad data ----------------------------------------------------------------------------------
 
+    def _doubts(self, batch: Batch) -> list[Exception] | None:
+        """Return where errors go that may be about the table as well; `None`: they are not looked into yet."""
+        return [] if self._in_doubt[_identity(batch)] >= _TRIES_IN_DOUBT else None
+
     async def _flush_apart(self, session: Session, batch: Batch) -> Applied:
         connection, cursor = session.connection, session.cursor()
         with session.deadline(self._timeout):
@@ -268,19 +289,49 @@ class PostgresSink:
                 return await self._not_moved(session, batch)
         # In the order of the locks, so that the halves take them in order too.
         deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
-        sent, merged, dead = await self._merge_apart(session, deltas)
+        doubts, sent, merged, dead = self._doubts(batch), 0, 0, list[DeadLetter]()
+        if doubts is None or await self._is_worth_halving(session, deltas, doubts):
+            sent, merged, dead = await self._merge_apart(session, deltas, doubts)
+        if doubts and not merged:
+            # Nothing goes through: the table may be at fault. What was set aside now would be everything.
+            await connection.rollback()
+            raise doubts[0]
         with session.deadline(self._timeout):
             await bury(session, batch, dead)
             await connection.execute("COMMIT")
         return self._applied(batch, sent, merged, tuple(dead))
 
-    async def _merge_apart(self, session: Session, deltas: list[ThreadDelta]) -> tuple[int, int, list[DeadLetter]]:
+    async def _is_worth_halving(self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception]) -> bool:
+        """Say whether one of a few rows goes through alone: a table at fault is not asked about each of them.
+
+        Picked at random, so that with more bad rows than good ones a later try finds a good one.
+        """
+        with session.deadline(self._timeout):
+            await session.connection.execute("SAVEPOINT probe")
+        for delta in self._random.sample(deltas, min(_PROBES, len(deltas))):
+            merged = 0
+            try:
+                with session.deadline(self._timeout):
+                    _, merged = await self._merge_under_savepoint(session, [delta])
+            except Exception as error:
+                if not _may_be_of_a_row(error, session, doubts):
+                    raise
+            with session.deadline(self._timeout):
+                # Its lock too: it was taken out of turn.
+                await session.connection.execute("ROLLBACK TO SAVEPOINT probe")
+            if merged:
+                return True
+        return not doubts
+
+    async def _merge_apart(
+        self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception] | None
+    ) -> tuple[int, int, list[DeadLetter]]:
         """Merge what can be; return the rows sent and written, and what stands alone and cannot be."""
         try:
             with session.deadline(self._timeout):
                 sent, merged = await self._merge_under_savepoint(session, deltas)
         except Exception as error:
-            if faults.kind_of(error) != "data" or session.connection.broken:
+            if not _may_be_of_a_row(error, session, doubts):
                 raise
             with session.deadline(self._timeout):
                 await session.connection.execute("ROLLBACK TO SAVEPOINT part")
@@ -289,8 +340,8 @@ class PostgresSink:
                 state = getattr(error, "sqlstate", None) or ""
                 return 0, 0, [DeadLetter(deltas[0], faults.dead_reason(error), state, text)]
             middle = len(deltas) // 2
-            first = await self._merge_apart(session, deltas[:middle])
-            second = await self._merge_apart(session, deltas[middle:])
+            first = await self._merge_apart(session, deltas[:middle], doubts)
+            second = await self._merge_apart(session, deltas[middle:], doubts)
             return first[0] + second[0], first[1] + second[1], first[2] + second[2]
         return sent, merged, []
 
@@ -302,6 +353,20 @@ class PostgresSink:
         await connection.execute("RELEASE SAVEPOINT part")
         assert row is not None
         return row[1], row[2]
+
+
+def _may_be_of_a_row(error: Exception, session: Session, doubts: list[Exception] | None) -> bool:
+    """Say whether to look for a row that raises *error*; one that may be about the table goes into *doubts*."""
+    kind = faults.kind_of(error)
+    if session.connection.broken or not (kind == "data" or (doubts is not None and kind in _IN_DOUBT)):
+        return False
+    if doubts is not None and kind != "data":
+        doubts.append(error)
+    return True
+
+
+def _identity(batch: Batch) -> tuple[UUID, int, int, int]:
+    return batch.producer, batch.lane, batch.epoch, batch.sequence
 
 
 def _key(batch: Batch) -> dict[str, Any]:
