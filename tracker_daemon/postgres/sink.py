@@ -16,6 +16,7 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -139,35 +140,50 @@ class PostgresSink:
 
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """See `Sink.aclose`."""
-        session, last = self._session, self._last.get((producer, lane))
+        last = self._last.get((producer, lane))
         try:
-            if session is not None and clean and last is not None:
-                await self._mark_closed(session, Batch(producer, lane, last.epoch, last.applied_sequence, ()))
+            if clean and last is not None:
+                await self._mark_closed(Batch(producer, lane, last.epoch, last.applied_sequence, ()))
         finally:
             await self._drop()
 
-    async def _mark_closed(self, session: Session, last: Batch) -> None:
-        """Mark the ledger's row; raise what the ledger has to say, if it is not where the last batch left it."""
-        try:
-            with session.deadline(_CLOSE_TIMEOUT):
-                cursor = session.cursor()
-                await cursor.execute(session.statements["close"], _key(last))
-                if await cursor.fetchone() is None:
-                    await self._not_moved(session, replace(last, sequence=last.sequence + 1))
-        except (Fenced, LedgerMissing, LedgerRegressed):
-            raise
-        except Exception:  # noqa: S110 - the mark only lets the row be collected sooner
-            pass
+    async def _mark_closed(self, last: Batch) -> None:
+        """Mark the ledger's row; raise what the ledger has to say, if it is not where the last batch left it.
+
+        A connection that is lost is made anew, once: what took it away may have been a failover that forgot commits.
+        When the server is away nothing is raised: what was to be written is written.
+        """
+        time = asyncio.get_running_loop().time
+        until = time() + _CLOSE_TIMEOUT
+        for _ in range(2):
+            try:
+                session = await self._connected(until - time())
+                with session.deadline(until - time()):
+                    cursor = session.cursor()
+                    await cursor.execute(session.statements["close"], _key(last))
+                    if await cursor.fetchone() is None:
+                        await self._not_moved(session, replace(last, sequence=last.sequence + 1))
+            except (Fenced, LedgerMissing, LedgerRegressed):
+                raise
+            except Exception:
+                if self._session is None or not self._session.connection.closed:
+                    return
+            else:
+                return
 
     # -- the connection ----------------------------------------------------------------------------
 
-    async def _connected(self) -> Session:
+    async def _connected(self, within: float | None = None) -> Session:
         if self._session is not None and self._session.connection.closed:
             await self._drop()
         if self._session is None:
             try:
                 self._session = await Session.open(
-                    self._connector, self._table, create_missing=self._create_missing, timeout=self._timeout
+                    self._connector,
+                    self._table,
+                    create_missing=self._create_missing,
+                    timeout=self._timeout,
+                    within=within,
                 )
             except SchemaError:
                 raise
