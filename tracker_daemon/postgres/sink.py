@@ -8,10 +8,10 @@ Rules:
    comes again.
 4. Data that the database refuses is looked for by halving, each half under a savepoint, all in one transaction: what
    stands alone is set aside as a dead letter, the rest commits with it.
-5. An error that may be about the table as well (`_IN_DOUBT`) is looked for in the same way, but only once the same
-   batch has failed by such a one three times, and sets nothing aside unless another row of the batch goes through.
-   Else the batch is held, and fails as before: so is for ever, until it is mended, one whose only row fails so, for
-   nothing tells that from a table at fault, and no later batch may pass it.
+5. An error that may be about the table as well (`faults.IN_DOUBT`) is looked for in the same way, but only once the
+   same batch has failed by such a one three times, and sets nothing aside unless another row of the batch goes through.
+   Else the batch is held, and fails as before. So it is, until that is mended, with a batch whose only row fails so:
+   nothing tells it from a table at fault, and no later batch may pass it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,12 @@ if TYPE_CHECKING:
 
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.postgres.connection import Connector
-    from tracker_daemon.sink import FaultKind
 
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
 _COPY_BREATH: Final = 256
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
-# What a table raises that is not as it should be, and as well a trigger of it for one row only.
-_IN_DOUBT: Final[tuple[FaultKind, ...]] = ("schema", "other")
 _TRIES_IN_DOUBT: Final = 3
 _PROBES: Final = 16
 
@@ -124,7 +121,7 @@ class PostgresSink:
             fault = await self._failed(session, error, f"flushing {len(batch.deltas)} threads")
             if fault.kind == "timeout":
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
-            if fault.kind in _IN_DOUBT and not session.connection.broken:
+            if fault.kind in faults.IN_DOUBT and not session.connection.broken:
                 self._in_doubt[_identity(batch)] += 1
             raise fault from error
         self._timeout = self._first_timeout
@@ -214,7 +211,7 @@ class PostgresSink:
                     return await self._flush_copy(session, batch)
                 return await self._flush_arrays(session, batch)
             except Exception as error:
-                if not _may_be_of_a_row(error, session, self._doubts(batch)):
+                if not faults.may_be_of_a_row(error, session.connection, self._doubts(batch)):
                     raise
             await session.connection.rollback()
         # Many statements: each has a deadline of its own.
@@ -310,7 +307,8 @@ class PostgresSink:
             sent, merged, dead = await self._merge_apart(session, deltas, doubts)
         if doubts and not merged:
             # Nothing goes through: the table may be at fault. What was set aside now would be everything.
-            await connection.rollback()
+            with session.deadline(self._timeout):
+                await connection.rollback()
             raise doubts[0]
         with session.deadline(self._timeout):
             await bury(session, batch, dead)
@@ -330,7 +328,7 @@ class PostgresSink:
                 with session.deadline(self._timeout):
                     _, merged = await self._merge_under_savepoint(session, [delta])
             except Exception as error:
-                if not _may_be_of_a_row(error, session, doubts):
+                if not faults.may_be_of_a_row(error, session.connection, doubts):
                     raise
             with session.deadline(self._timeout):
                 # Its lock too: it was taken out of turn.
@@ -347,7 +345,7 @@ class PostgresSink:
             with session.deadline(self._timeout):
                 sent, merged = await self._merge_under_savepoint(session, deltas)
         except Exception as error:
-            if not _may_be_of_a_row(error, session, doubts):
+            if not faults.may_be_of_a_row(error, session.connection, doubts):
                 raise
             with session.deadline(self._timeout):
                 await session.connection.execute("ROLLBACK TO SAVEPOINT part")
@@ -369,16 +367,6 @@ class PostgresSink:
         await connection.execute("RELEASE SAVEPOINT part")
         assert row is not None
         return row[1], row[2]
-
-
-def _may_be_of_a_row(error: Exception, session: Session, doubts: list[Exception] | None) -> bool:
-    """Say whether to look for a row that raises *error*; one that may be about the table goes into *doubts*."""
-    kind = faults.kind_of(error)
-    if session.connection.broken or not (kind == "data" or (doubts is not None and kind in _IN_DOUBT)):
-        return False
-    if doubts is not None and kind != "data":
-        doubts.append(error)
-    return True
 
 
 def _identity(batch: Batch) -> tuple[UUID, int, int, int]:
