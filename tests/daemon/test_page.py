@@ -604,7 +604,7 @@ def test_a_hidden_page_asks_nothing(browser: Chromium, daemon: Daemon) -> None:
 def test_files_need_nothing_from_elsewhere() -> None:
     """No address of another host, no inline script or style, and no way for text to become markup."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in FILES.iterdir()}
-    assert set(texts) == {"index.html", "page.css", "page.js", "icon.svg"}
+    assert set(texts) == {"index.html", "page.css", "page.js", "charts.js", "text.js", "icon.svg"}
     for name, text in texts.items():
         assert "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", "").replace("//\n", ""), name
     assert not any(
