@@ -19,7 +19,7 @@ FLOORS = [
     {"demo.count"},
     {"__init__"},
     {"conversation_trackers"},
-    {"tracker"},
+    {"tracker", "daemon.history"},
     {"collector", "sinks", "host", "exits"},
     {"front_door", "worker", "embedded_sink"},
     {"flusher", "embedded", "postgres.sink"},
@@ -31,7 +31,7 @@ FLOORS = [
     {"batch"},
     {"delta"},
     {"calls"},
-    {"errors", "postgres.__init__", "demo.__init__"},
+    {"errors", "postgres.__init__", "demo.__init__", "daemon.__init__"},
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 
