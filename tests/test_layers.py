@@ -26,12 +26,18 @@ FLOORS = [
     {"postgres.dead_letters", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
-    {"postgres.statements", "backlog", "flush_numbers", "memory_sink", "settings", "logs", "backoff", "late_executor"},
+    {"backlog"},
+    {"journal.journal", "call_queue"},
+    {"journal.segment_queue", "journal.windows", "journal.lock"},
+    {"journal.segment"},
+    {"journal.records"},
+    {"generation"},
+    {"postgres.statements", "flush_numbers", "memory_sink", "settings", "logs", "backoff", "late_executor"},
     {"sink", "clock"},
     {"batch"},
     {"delta"},
     {"calls"},
-    {"errors", "postgres.__init__", "demo.__init__", "daemon.__init__"},
+    {"errors", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 
