@@ -29,7 +29,7 @@ from tracker_daemon.call_queue import CallQueue
 from tracker_daemon.generation import KINDS, Generation, Record, summed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from tracker_daemon.call_queue import Calls
     from tracker_daemon.delta import ThreadDelta
@@ -173,6 +173,26 @@ class Backlog:
             elif not self._fits_near_the_bound(record[0]):
                 return "max_pending"
             self.queue.append(record)
+            return None
+
+    def enter_all(self, records: Sequence[Record]) -> str | None:
+        """Append *records* if all of them fit, else none; return as `enter`."""
+        with self._turn:
+            if self.closed:
+                return "closed"
+            waiting = len(self.queue)
+            if waiting + len(records) > self.max_queue_size:
+                return "max_queue_size"
+            room = self.max_pending - self._threads - waiting
+            if not self.queue.on_disk and len(records) > room:
+                # Near the bound it is the threads that count; what comes by the gate meanwhile counts as new.
+                new = {record[0] for record in records if not self._holds(record[0])}
+                if len(new) > room:
+                    return "max_pending"
+            self.gate = 0
+            for record in records:
+                self.queue.append(record)
+            self._waiting = None
             return None
 
     def _fits_near_the_bound(self, thread_id: str) -> bool:

@@ -186,6 +186,7 @@ class Flusher:
         if not isinstance(applied, Applied):
             raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
         self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence)
+        self._numbers.ledger = (str(producer), position.epoch, sequence)
         return applied
 
     # -- the ledger --------------------------------------------------------------------------------

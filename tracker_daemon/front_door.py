@@ -20,6 +20,8 @@ from tracker_daemon.errors import InvalidCall, QueueFull, TrackerClosed
 from tracker_daemon.logs import Rated, get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tracker_daemon.backlog import Backlog
     from tracker_daemon.clock import Clock
     from tracker_daemon.generation import Record
@@ -201,6 +203,17 @@ class FrontDoor:
         if self._raise:
             raise QueueFull(bound, getattr(backlog, bound))
         return False
+
+    def take(self, records: Sequence[Record]) -> str | None:
+        """Take checked calls, with the instants in them, all or none; return `None`, or the bound that is reached."""
+        if os.getpid() != self._pid:
+            self._after_fork()
+        bound = self._backlog.enter_all(records)
+        self._worker.wake()
+        if bound is not None:
+            for _ in records:
+                self._refusals.add("closed" if bound == "closed" else "full")
+        return bound
 
     def _after_fork(self) -> None:
         """Begin a life of this process's own; whoever has the parts says how."""
