@@ -1,20 +1,25 @@
-"""The Prometheus collector: reads the trackers' plain integers when it is scraped, and holds nothing of its own.
+"""The Prometheus collector: reads the trackers' plain integers when it is scraped.
 
 Rules:
-1. One collector a registry; several trackers on it add up. What a closed tracker counted stays.
-2. Every child exists from the first scrape; no label has values that a caller chooses.
-3. `accepted = applied + dead_lettered + lost + queue_calls` in every scrape: one reading of the books gives them all.
+1. One collector a registry; several trackers on it add up.
+2. What a tracker counted stays, closed or dropped; of those that are gone one sum is kept, however many they were. No
+   tracker is held here: one that nobody else holds is freed.
+3. No counter ever goes back, whatever is closed or freed meanwhile: an account leaves, and the sum of those that are
+   gone grows, in one step.
+4. Every child exists from the first scrape; no label has values that a caller chooses.
+5. `accepted = applied + dead_lettered + lost + queue_calls` in every scrape: one reading of the books gives them all.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -32,7 +37,8 @@ from tracker_daemon.sink import DEAD_REASONS, FAULT_KINDS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from tracker_daemon.backlog import Books
+    from tracker_daemon.backlog import Backlog, Books
+    from tracker_daemon.front_door import Refusals
 
 OUTCOMES = ("ok", "duplicate", "retry", "error")
 
@@ -53,6 +59,52 @@ class Source(Protocol):
     def reading(self) -> Reading:
         """Read all numbers now."""
         ...
+
+
+class Account:
+    """Where one tracker counts, apart from it: what it counted outlives it.
+
+    Nothing here may lead back to the tracker, or it would live as long as the registry.
+
+    Attributes:
+        started: whether the worker was started; from then on the tracker lives until it is closed.
+        closed: whether the tracker's limit and state count no more.
+        folded: whether what was counted is in the sum of those that are gone.
+    """
+
+    def __init__(self, owner: Source) -> None:
+        self._owner = ref(owner)
+        self.started = self.closed = self.folded = False
+
+    def begin(self, backlog: Backlog, refusals: Refusals, numbers: FlushNumbers) -> None:
+        """Count from zero: a life begins."""
+        self._parts = backlog, refusals, numbers  # in one step: a scrape finds one life or the other
+        self.started = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the tracker is gone, and nothing is counted any more."""
+        # In a cycle of garbage the reference dies before the finalizers run, and one of them may make the first call.
+        return self._owner() is None and (self.closed or not self.started)
+
+    def collected(self) -> Reading:
+        """Read all numbers now; through the tracker, which knows of a fork, while it lives."""
+        owner = self._owner()
+        if owner is not None:
+            return owner.reading()
+        if self.closed:
+            self._parts[0].abandon("closed")  # a call that overlapped with the very end of `close`
+        return self.reading()
+
+    def reading(self) -> Reading:
+        """Read all numbers now."""
+        backlog, refusals, numbers = self._parts
+        return Reading(
+            books=backlog.books(),
+            rejected=dict(refusals.counts),
+            numbers=numbers,
+            queue_limit=backlog.max_pending,
+        )
 
 
 @dataclass(slots=True)
@@ -86,13 +138,17 @@ class _Sum:
         self.last_success = max(self.last_success, numbers.last_success)
         self.rows_skipped += books.rows_skipped
         self.regressions += numbers.regressions
-        self.flushes.update(numbers.flushes)
-        self.errors.update(numbers.errors)
+        self.flushes.update(dict(numbers.flushes))  # copied in one step: the worker adds to them
+        self.errors.update(dict(numbers.errors))
         for name in ("flush_seconds", "flush_rows", "commit_lag_seconds"):
             self._add_histogram(name, getattr(numbers, name))
         if alive:
             self.limit += reading.queue_limit
             self.fenced = self.fenced or numbers.fenced
+
+    def copy(self) -> _Sum:
+        """Return an equal sum that shares nothing that changes."""
+        return _Sum(**{each.name: copy(getattr(self, each.name)) for each in fields(self)})
 
     def _add_histogram(self, name: str, histogram: Histogram) -> None:
         _, counts, total = self.histograms.get(name, ((), [0] * len(histogram.counts), 0.0))
@@ -104,22 +160,55 @@ class TrackerCollector(Collector):
     """Exposes every tracker of one registry."""
 
     def __init__(self) -> None:
-        # One list for the living and the closed, changed by single steps: a signal handler may close a tracker in the
-        # middle of a scrape.
-        self._entries: list[Source | Reading] = []
+        # First the sum of those that are gone, then an account each. Changed by single steps, and read by one: a signal
+        # handler may open or close a tracker in the middle of a scrape, the garbage collector may free one anywhere.
+        self._entries: list[_Sum | Account] = [_Sum()]
+        self._folding = Lock()
+        self._pid = os.getpid()
 
-    def add(self, source: Source) -> None:
-        """Include *source* in every scrape."""
-        self._entries.append(source)
+    def add(self, account: Account) -> None:
+        """Include *account* in every scrape."""
+        self._entries.append(account)
+        self._fold()
 
-    def retire(self, source: Source) -> None:
-        """Keep what *source* has counted until now, and let go of it. Once, or without effect."""
-        with suppress(ValueError):
-            self._entries[self._entries.index(source)] = source.reading()
+    def start(self, account: Account) -> None:
+        """The tracker of *account* is about to work."""
+        account.started = True
+        if account.folded:
+            # A finalizer made the first call of a tracker that was taken for gone: its refused calls count twice.
+            account.folded = False
+            self._entries.append(account)
+
+    def retire(self, account: Account) -> None:
+        """The tracker of *account* is closed: its limit and state count no more, what it counted stays."""
+        account.closed = True
 
     def after_fork(self) -> None:
-        """In a fork's child: nothing that the parent has closed is counted here."""
-        self._entries = [entry for entry in self._entries if not isinstance(entry, Reading)]
+        """In a fork's child, once: nothing of trackers that are gone in the parent is counted here."""
+        if self._pid != os.getpid():
+            living = (each for each in self._entries if isinstance(each, Account) and not each.ended)
+            self._entries, self._folding, self._pid = [_Sum(), *living], Lock(), os.getpid()
+
+    def _fold(self) -> None:
+        """Put those that are gone into the sum."""
+        if not self._folding.acquire(blocking=False):
+            return  # somebody does it, perhaps below this very call
+        try:
+            entries = self._entries.copy()
+            total, living, ended = _Sum(), list[Account](), list[Account]()
+            for entry in entries:
+                if isinstance(entry, _Sum):
+                    total = entry
+                else:
+                    (ended if entry.ended else living).append(entry)
+            if ended:
+                total = total.copy()
+                for account in ended:
+                    account.folded = True
+                    total.add(account.collected(), alive=False)
+                self._entries[: len(entries)] = [total, *living]  # what was added meanwhile stands behind them
+        finally:
+            self._folding.release()
 
     def describe(self) -> Iterable[Metric]:
         """The names, for the registry to find duplicates."""
@@ -127,10 +216,14 @@ class TrackerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read everything once and yield the families."""
+        self.after_fork()  # the process may have forked without Python's knowledge
+        self._fold()
         total = _Sum()
         for entry in self._entries.copy():
-            closed = isinstance(entry, Reading)
-            total.add(entry if isinstance(entry, Reading) else entry.reading(), alive=not closed)
+            if isinstance(entry, _Sum):
+                total = entry.copy()
+            else:
+                total.add(entry.collected(), alive=not (entry.closed or entry.ended))
         yield from _families(total)
 
 
