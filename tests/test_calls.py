@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from tests.strategies import AWKWARD, LONG, any_costs, names
 from tracker_daemon import InvalidCall, QueueFull, Tracker, TrackerClosed, TrackerError, calls
+from tracker_daemon.errors import shown
 from tracker_daemon.memory_sink import MemorySink
 
 if TYPE_CHECKING:
@@ -254,6 +255,63 @@ def test_a_refusal_can_be_copied() -> None:
         calls.tokens(1.5)
     for twin in (copy.copy(found.value), pickle.loads(pickle.dumps(found.value))):  # noqa: S301 - our own
         assert (type(twin), str(twin)) == (InvalidCall, "tokens must be an integer, got 1.5")
+
+
+class Nameless(type):
+    """A metaclass whose classes have no name."""
+
+    @property  # type: ignore[misc]
+    def __name__(cls) -> str:
+        raise RuntimeError("asked")
+
+
+class Hostile(metaclass=Nameless):
+    """Its `__repr__` raises what it was made with, or returns it."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __repr__(self) -> Any:
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+class Endless(str):
+    """A text that fails when it is looked at."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise SystemExit
+
+    def __getitem__(self, key: object) -> str:
+        raise SystemExit
+
+    def __format__(self, spec: str) -> str:
+        raise SystemExit
+
+
+@pytest.mark.parametrize(
+    "answer", [SystemExit(1), GeneratorExit(), BaseException(), RecursionError(), MemoryError(), 7, None], ids=repr
+)
+def test_a_message_survives_any_repr(answer: Any) -> None:
+    """A refused value that raises when shown, even by `sys.exit`, hides no message and does not end the host."""
+    with pytest.raises(InvalidCall) as found:
+        calls.tokens(Hostile(answer))
+    assert str(found.value) == "tokens must be an integer, got <Hostile whose repr fails>"
+
+
+def test_a_message_survives_a_repr_of_another_kind() -> None:
+    """A `repr` of a subclass of `str` is shown by its characters; its own methods never run."""
+    assert shown(Hostile(Endless("x" * 100))) == "x" * 79 + "…"
+    assert shown(Hostile(Endless("short"))) == "short"
+
+
+def test_ctrl_c_while_a_message_is_made() -> None:
+    """A Ctrl-C that comes while a value is shown is the user's, and passes."""
+    with pytest.raises(KeyboardInterrupt):
+        shown(Hostile(KeyboardInterrupt()))
 
 
 # -- what is accepted ------------------------------------------------------------------------------
