@@ -75,7 +75,7 @@ class Tracker(FrontDoor):
         sink: a URL or conninfo (`postgresql:`, `embedded:DIR`), the server's own `psycopg_pool.AsyncConnectionPool`
             (its conninfo, `kwargs` and `configure` are used, its connections are left alone), or a `Sink`.
         flush_interval: the window, seconds.
-        max_batch_size: threads in one transaction.
+        max_batch_size: threads in one transaction, at most 100,000.
         max_queue_size: calls taken and not yet coalesced.
         max_pending: distinct threads with uncommitted change held in memory.
         overflow: at a bound or when closed, `"drop"` returns `False`, `"raise"` raises.
