@@ -8,6 +8,7 @@ import pytest
 from psycopg_pool import ConnectionPool
 
 from tracker_daemon import MemorySink, Tracker, TrackerError
+from tracker_daemon.errors import ConfigError
 from tracker_daemon.settings import split_table
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
         ("shutdown_timeout", "ten"),
         ("max_batch_size", 0),
         ("max_batch_size", 1.5),
+        ("max_batch_size", 100_001),
+        ("max_batch_size", 10**400),
         ("max_queue_size", -1),
         ("max_queue_size", True),
         ("max_pending", 0),
@@ -59,6 +62,13 @@ def test_wrong_setting(setting: str, value: object) -> None:
         Tracker(MemorySink(), **options)
     assert isinstance(caught.value, ValueError)
     assert repr(value)[:20] in str(caught.value)
+
+
+def test_the_largest_batch(registry: CollectorRegistry) -> None:
+    """The bound itself is taken; what is above is refused with the bound in the message."""
+    Tracker(MemorySink(), registry=registry, max_batch_size=100_000).close()
+    with pytest.raises(ConfigError, match="max_batch_size must be at most 100000, got 100001"):
+        Tracker(MemorySink(), registry=registry, max_batch_size=100_001)
 
 
 def test_unknown_setting() -> None:

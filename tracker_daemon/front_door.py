@@ -112,7 +112,8 @@ class FrontDoor:
             thread_id: 1 to 512 bytes in UTF-8, no NUL, no lone surrogate.
             agent_name: the same, or `None`.
             tokens: an integer (anything with `__index__`, not `bool`), |n| < 2**63.
-            cost: US dollars; `int`, `float` or `Decimal`, finite. A float counts as the decimal that `repr` prints.
+            cost: US dollars; `int`, `float` or `Decimal`, finite, of at most 2,000 digits before the point and 16,383
+                after. A float counts as the decimal that `repr` prints.
 
         Returns:
             `True`: accepted. `False`: full or closed, with `overflow="drop"`; counted as rejected.

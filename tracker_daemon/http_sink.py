@@ -1,7 +1,7 @@
 """A sink behind a daemon: `Tracker("http://…")`, `Tracker("unix:/run/…")`.
 
 Rules:
-1. The daemon answers a batch once it is in the database: until then the tracker keeps it. A repeat, to this daemon or to
+1. The daemon answers a batch once it is in the database: until then the tracker keeps it. A repeat, to this daemon or
    another one on the same database, is found done by the tracker's own ledger row.
 2. What goes wrong on the way is a `SinkFault`: the flusher's plans hold for a daemon as for a database.
 """
@@ -54,7 +54,8 @@ class HttpSink:
             "after": after,
         }
         answer = await self._ask("POST", "/v1/producers", json=asked)
-        opened = self._last[producer, lane] = _read(wire.opened_from, answer)
+        opened: Opened = _read(wire.opened_from, answer)
+        self._last[producer, lane] = opened
         return opened
 
     async def apply(self, batch: Batch) -> Applied:

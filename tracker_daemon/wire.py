@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from uuid import UUID
 
 from tracker_daemon.batch import Batch
@@ -184,7 +184,7 @@ def error_from(status: int, body: bytes) -> TrackerError:
     except (ValueError, KeyError, TypeError, AttributeError):
         name, text, arguments = "", "no reason given", []
     if status == 409 and name in _FINAL:
-        return _FINAL[name](*arguments)
+        return cast("TrackerError", _FINAL[name](*arguments))
     if name == "SchemaError":
         return SchemaError(f"the daemon: {text}")
     if name == "SinkFault" and arguments and arguments[0] in FAULT_KINDS:

@@ -2,7 +2,7 @@
 
 Rules:
 1. Bytes are admitted before they are read and given back when the request has its answer.
-2. One client has at most a quarter of all; who asks for more is told to come again (429), who finds all taken too (503).
+2. One client has at most a quarter; who asks for more is told to come again (429), who finds all taken as well (503).
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from uuid import UUID
 
 import anyio
 from prometheus_client.exposition import choose_encoder
@@ -153,7 +152,7 @@ class _Api:
         finally:
             admission.release(client, size)
 
-    async def _read(self, request: Request, most: int, timeout: float) -> bytes:
+    async def _read(self, request: Request, most: int, timeout: float) -> bytes:  # noqa: ASYNC109 - of each part
         body = bytearray()
         parts = request.stream().__aiter__()
         # The whole within a time that a slow but honest client meets; each part within its own.
@@ -218,7 +217,7 @@ class _Api:
         return JSONResponse(wire.applied_json(applied))
 
     async def close(self, request: Request) -> Response:
-        producer: UUID = request.path_params["producer"]
+        producer = request.path_params["producer"]
         last = wire.closed_at(request.query_params)
         await self._service.relay.mark_closed(producer, request.path_params["lane"], last)
         return Response(status_code=204)

@@ -53,9 +53,7 @@ class Relay:
         max_waiting: deltas that may wait.
     """
 
-    def __init__(
-        self, sink: ManySink, clock: Clock, *, window: float, max_batch_size: int, max_waiting: int
-    ) -> None:
+    def __init__(self, sink: ManySink, clock: Clock, *, window: float, max_batch_size: int, max_waiting: int) -> None:
         self._sink, self._clock = sink, clock
         self._window, self._max_batch_size, self._max_waiting = window, max_batch_size, max_waiting
         self._queue: deque[_Waiting] = deque()
@@ -66,6 +64,7 @@ class Relay:
         self._dead: Counter[str] = Counter()
         self._skipped = 0
         self.numbers = FlushNumbers()
+        self.closed = self.folded = self.ended = False
         self.clients: dict[UUID, float] = {}
         """When each client was heard last, seconds since 1970."""
 
@@ -220,7 +219,7 @@ class Relay:
 
     # -- for the metrics ---------------------------------------------------------------------------
 
-    def reading(self) -> Reading:
+    def collected(self) -> Reading:
         """Return the numbers of this instant: a client's calls count once they are in the database."""
         accepted = Counter(self._applied)
         # Which kind of call a dead letter's were is not kept; they are turns, for all that anybody asks.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -13,7 +12,7 @@ import anyio
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.collector import TrackerCollector, collector_of
 from tracker_daemon.daemon.admission import Admission
-from tracker_daemon.daemon.history import History, Journal, Ledger, Status, Totals
+from tracker_daemon.daemon.history import Error, History, Journal, Ledger, Status, Totals
 from tracker_daemon.errors import TrackerError
 from tracker_daemon.flusher import kind_of
 from tracker_daemon.logs import get_logger
@@ -26,20 +25,14 @@ if TYPE_CHECKING:
     from tracker_daemon.daemon.bearer import Token
     from tracker_daemon.daemon.options import Options
     from tracker_daemon.daemon.relay import Relay
-    from tracker_daemon.tracker import DrainReport, Tracker
+    from tracker_daemon.tracker import Tracker
+    from tracker_daemon.worker import DrainReport
 
 State = Literal["ready", "not_ready", "draining"]
 _SAMPLE: Final = 1.0
 _PROBE: Final = 2.0
 _ERRORS: Final = 50
 _TEXT: Final = 400
-
-
-@dataclass(frozen=True, slots=True)
-class _Error:
-    at: float
-    kind: str
-    text: str
 
 
 class Service:
@@ -74,7 +67,7 @@ class Service:
         self._started_at = self._clock.wall()
         self._collector: TrackerCollector = collector_of(registry)
         self._collector.add(relay)
-        self._errors: deque[_Error] = deque(maxlen=_ERRORS)
+        self._errors: deque[Error] = deque(maxlen=_ERRORS)
         self._draining = False
         self._fault: str | None = "the database was not reached yet"
 
@@ -98,7 +91,8 @@ class Service:
 
     def note(self, error: BaseException) -> None:
         """Keep an error for the status page. Called from any thread."""
-        self._errors.appendleft(_Error(time.time(), kind_of(error), " ".join(str(error).split())[:_TEXT]))
+        text = " ".join(str(error).split())[:_TEXT]
+        self._errors.appendleft({"at": round(time.time(), 3), "class": kind_of(error), "text": text})
 
     def count_refused(self, calls: int) -> None:
         """Count calls that were malformed."""
@@ -140,7 +134,7 @@ class Service:
         """From here on requests for calls and batches are refused."""
         self._draining = True
 
-    async def drain(self, timeout: float) -> DrainReport:
+    async def drain(self, timeout: float) -> DrainReport:  # noqa: ASYNC109 - handed on
         """Bring everything accepted to the database, for at most *timeout* seconds."""
         with anyio.move_on_after(timeout):
             await self.relay.drain()
@@ -187,7 +181,7 @@ class Service:
             ),
             journal=self._journal(),
             clients=self.relay.live_clients(),
-            errors=[{"at": round(error.at, 3), "class": error.kind, "text": error.text} for error in self._errors],
+            errors=list(self._errors),
             config=self._config,
         )
 

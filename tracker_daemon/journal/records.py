@@ -216,7 +216,7 @@ def _decode_sum(payload: bytes) -> Sum:
     delta.ensures, delta.turns, delta.resolves = ensures, turns, resolves
     delta.tokens = int(tokens)
     delta.pay(Decimal(cost.decode()))
-    delta.agents = tuple(_names(agents))
+    delta.use(_names(agents))
     delta.last_turn_at = None if last_turn_at == _NO_INSTANT else last_turn_at
     if resolved_at != _NO_INSTANT:
         delta.resolution_type, delta.resolved_at = resolution.decode(), resolved_at
