@@ -30,6 +30,8 @@ except ModuleNotFoundError as error:
     sys.stderr.write("tracker-daemon: the command line is not installed: pip install 'tracker-daemon[daemon]'\n")
     sys.exit(2)
 
+from tracker_daemon import serve_command
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -267,6 +269,10 @@ def _operate(name: str, *arguments: Any) -> Any:
 def _print(lines: list[str]) -> None:
     for line in lines:
         click.echo(line)
+
+
+for _command in serve_command.commands(setting, _one_line, _database, _table):
+    program.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ class Service:
         self._collector.add(relay)
         self._errors: deque[Error] = deque(maxlen=_ERRORS)
         self._draining = False
+        self.became_ready = anyio.Event()
         self._fault: str | None = "the database was not reached yet"
 
     # -- the state ---------------------------------------------------------------------------------
@@ -126,6 +127,8 @@ class Service:
             if fault != told or (fault is None and self._fault is not None):
                 get_logger().log(_INFO if fault is None else _WARNING, "readiness", ready=fault is None, reason=fault)
             self._fault = told = fault
+            if fault is None:
+                self.became_ready.set()
             await anyio.sleep(_PROBE)
 
     # -- the end -----------------------------------------------------------------------------------
