@@ -275,6 +275,9 @@ class Flusher:
 
     async def _recover(self, journal: Journal, life: Life) -> None:
         producer = life.producer
+        if not life.windows:
+            journal.recovered_life(producer)
+            return
         known = Opened(life.epoch, 0) if life.epoch else None
         if known is not None:
             self._acknowledged[producer] = known

@@ -372,7 +372,10 @@ class Journal:
 
     def recovered_life(self, producer: UUID) -> None:
         """All that *producer* left is in the database."""
-        self._left.pop(producer, None)
+        kept = {path for window in self.retained(producer) for path in window.paths}
+        for path in self._left.pop(producer, ()):
+            if path not in kept:
+                self._delete(path)  # gone with its window, or never begun
 
     def set_aside(self, error: BaseException) -> None:
         """Something of an earlier life cannot be applied: it stays where it is."""
