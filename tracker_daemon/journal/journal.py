@@ -407,7 +407,7 @@ class Journal:
             began = time.monotonic()
             try:
                 segment.sync()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:  # the latter two of a map that was let go of meanwhile
                 if not segment.closed:
                     self._bad.append(segment)
                     self.fail("fsync", error)
