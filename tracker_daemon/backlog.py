@@ -132,8 +132,6 @@ class Backlog:
         """Calls taken off the queue, ever."""
         self.settled = 0
         """Every call up to this many, in order of acceptance, is settled."""
-        self.recovering = journal is not None and bool(journal.left)
-        """Whether an earlier life's calls are still to be applied."""
         self._window = Generation(create_missing=create_missing)
         self._sealed: deque[_Sealed] = deque()
         self._resident: tuple[Generation, ...] = ()
@@ -237,6 +235,16 @@ class Backlog:
     def window_threads(self) -> int:
         """Deltas in the open window."""
         return len(self._window)
+
+    @property
+    def recovering(self) -> bool:
+        """Whether an earlier life's calls are still to be applied."""
+        return self._journal is not None and self._journal.recovering
+
+    def end_recovery(self) -> None:
+        """What earlier lives left is applied, or stays where it is."""
+        if self._journal is not None:
+            self._journal.recovering = False
 
     @property
     def in_flight(self) -> bool:
@@ -427,7 +435,7 @@ class Backlog:
             else:
                 lost += self._window.calls
             self.set_aside()
-            self.recovering = False
+            self.end_recovery()
             if lost:
                 self._totals.lost[reason] += lost
             self._window = Generation(create_missing=self.create_missing)

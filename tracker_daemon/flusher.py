@@ -250,8 +250,9 @@ class Flusher:
                     if after < sequence < before:
                         await self._apply(producer, sequence, deltas)
                         calls += sum(delta.calls for delta in deltas)
-                self._journal.replayed += calls
-                self._say("warning", "applied_again", first=window.first, calls=calls)
+                if calls:
+                    self._journal.replayed += calls
+                    self._say("warning", "applied_again", first=window.first, calls=calls)
 
     async def _repair_earlier_lives(self) -> None:
         """Apply again what the database may have forgotten of earlier lives since they were recovered."""
@@ -284,7 +285,7 @@ class Flusher:
         self._numbers.fenced = False
         # What the database forgets before this life is registered there, its own ledger cannot show.
         self._forgotten = bool(journal.retained_producers)
-        self._backlog.recovering = False
+        self._backlog.end_recovery()
 
     async def _recover(self, journal: Journal, life: Life) -> None:
         producer = life.producer
@@ -302,6 +303,8 @@ class Flusher:
             position = self._positions.get(producer, position)
             if last is None or last > position.applied_sequence:
                 calls += await self._recover_window(window, position)
+            elif window.batches is None:
+                window.batches = last + 1 - window.first
             journal.recovered_window(window)
         journal.recovered_life(producer)
         self._positions.pop(producer, None)
@@ -316,7 +319,9 @@ class Flusher:
         self._in_hand = window
         self._backlog.recover(generation)
         calls = generation.calls
-        for number, deltas in enumerate(generation.batches(window.max_batch_size)):
+        batches = list(generation.batches(window.max_batch_size))
+        window.batches = len(batches)
+        for number, deltas in enumerate(batches):
             sequence = window.first + number
             if sequence <= position.applied_sequence:
                 applied = Applied(rows=0, duplicate=True)

@@ -351,13 +351,19 @@ class Worker:
             self._on_wake()
 
     async def _flush_loop(self, flusher: Flusher) -> None:
-        if self._backlog.recovering:
-            await flusher.recover()
-            self._on_wake()
+        await self._recover(flusher)
         while True:
             await self._sealed.wait()
             self._sealed = anyio.Event()
+            await self._recover(flusher)  # a fork's child has its place from its first call on
             await flusher.flush()
+            self._on_wake()
+
+    async def _recover(self, flusher: Flusher) -> None:
+        if self._journal is not None:
+            self._journal.adopt()
+        if self._backlog.recovering:
+            await flusher.recover()
             self._on_wake()
 
     def _on_wake(self) -> None:

@@ -80,6 +80,8 @@ class Journal:
         self.fsync_seconds = Histogram(SECONDS)
         self.degraded = False
         """Whether calls go to memory alone."""
+        self.recovering = False
+        """Whether earlier lives left something that is still to be looked at."""
         self.torn = 0
         """Bytes of torn records that recovery passed over."""
         self.recovered = 0
@@ -103,7 +105,7 @@ class Journal:
         self._locks: list[DirectoryLock] = []
         self._left: dict[UUID, list[Path]] = {}
         self._attaching = RLock()
-        self._ended = False
+        self._adopted = self._ended = False
         self.directory = directory
         self._forked = forked
         if not forked:
@@ -120,7 +122,6 @@ class Journal:
             else:
                 self._lock = DirectoryLock(self.base)
             self._look(self.directory)
-            self._adopt()
             probe = self.directory / ".writable"
             probe.touch()
             probe.unlink()
@@ -137,17 +138,22 @@ class Journal:
                 return
         raise JournalError(f"journal {self.base / _FORKS}: no free place")
 
-    def _adopt(self) -> None:
-        """See to what children left that have died: whoever comes first recovers it."""
-        for place in sorted((self.base / _FORKS).glob("*")):
-            if (
-                place != self.directory
-                and place.is_dir()
-                and any(place.glob("*.journal"))
-                and (lock := try_lock(place))
-            ):
-                self._locks.append(lock)
-                self._look(place)
+    def adopt(self) -> None:
+        """See to what children left that have died: whoever works first takes it over. May block; again: no effect.
+
+        Not when the journal is made: a parent that only forks would hold on to it and never apply it.
+        """
+        if self._adopted or self._lock is None:
+            return
+        self._adopted = True
+        try:
+            for place in sorted((self.base / _FORKS).glob("*")):
+                if place != self.directory and any(place.glob("*.journal")) and (lock := try_lock(place)):
+                    self._locks.append(lock)
+                    self._look(place)
+        except OSError as error:
+            self.errors["read"] += 1
+            self._say("error", "journal_not_adopted", directory=str(self.base / _FORKS), error=str(error))
 
     def _look(self, directory: Path) -> None:
         with os.scandir(directory) as entries:
@@ -155,6 +161,7 @@ class Journal:
                 if (producer := producer_of(entry.name)) is not None:
                     path = Path(entry.path)
                     self._left.setdefault(producer, []).append(path)
+                    self.recovering = True
                     self._sizes[path] = entry.stat().st_size
 
     @property
