@@ -321,6 +321,7 @@ class Worker:
         if (
             now - opened >= self._flush_interval
             or backlog.window_threads >= backlog.max_batch_size
+            or backlog.is_full
             or self._stopping
             or any(barrier.target <= backlog.folded for barrier in self._barriers)
         ):
