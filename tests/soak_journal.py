@@ -286,28 +286,30 @@ class KillSoak:
             return
         if kind == "recovery":
             # Begun, or there is nothing to recover.
-            self._until(lambda: notes[Note.RECOVERING] or notes[Note.SETTLED])
+            self._until(lambda: notes[Note.RECOVERING] or notes[Note.SETTLED], notes)
             self._pause.wait(chance.uniform(0, 0.01))
             return
-        self._until(lambda: notes[Note.READY])
+        self._until(lambda: notes[Note.READY], notes)
         if restart is not None:
             self._pause.wait(chance.uniform(0, 0.1))
             restart.start()
         elif kind != "server away" and chance.random() < 0.4:
-            self._until(lambda: notes[Note.RECOVERED_ALL])
+            self._until(lambda: notes[Note.RECOVERED_ALL], notes)
         self._pause.wait(chance.uniform(0, 0.3))
         if kind == "flush":
-            self._until(lambda: notes[Note.FLUSHING] > notes[Note.FLUSHED])
+            self._until(lambda: notes[Note.FLUSHING] > notes[Note.FLUSHED], notes)
             self._pause.wait(chance.uniform(0, 0.003))
         elif kind == "close":
             os.kill(pid, signal.SIGTERM)
-            self._until(lambda: notes[Note.CLOSING])
+            self._until(lambda: notes[Note.CLOSING], notes)
             self._pause.wait(chance.uniform(0, 0.05))
 
-    def _until(self, condition: Callable[[], object]) -> None:
+    def _until(self, condition: Callable[[], object], notes: Notes) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < deadline, (self.folder / "errors.log").read_text()[-5_000:]
+            if time.monotonic() > deadline:
+                words = {note.name: notes[note] for note in Note}
+                raise AssertionError(f"{words}\n{(self.folder / 'errors.log').read_text()[-5_000:]}")
             self._pause.wait(0.0002)
 
     def _look(self, notes: Notes, name: str, kind: str, *, killed: bool, server: EmbeddedPostgres | None) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
 
-LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed")
+LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed", "journal_gone")
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
@@ -350,6 +350,15 @@ class Backlog:
                 sealed = self._sealed[0]
                 sealed.generation = generation
                 sealed.batches = deque(generation.batches(self.max_batch_size))
+                self._recount()
+
+    def lose_stored_head(self, window: Window) -> None:
+        """Give up a stored window whose files are gone: count it as lost."""
+        with self.lock:
+            if self.stored_head is window:
+                sealed = self._sealed.popleft()
+                self._totals.lost["journal_gone"] += sealed.calls
+                self.settled = sealed.sealed_at
                 self._recount()
 
     @property

@@ -51,6 +51,7 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
     "other": STANDING,
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
+_TRIES_OF_GONE: Final = 3
 _LETTERS_TOLD: Final = 10
 # Ledger rows without a sign of life for a month are collected: far enough from it.
 _DAY: Final = 86_400.0
@@ -353,10 +354,14 @@ class Flusher:
                     generation = await self._read(window)
                     break
                 except (OSError, Damage) as error:
-                    # Written by this process: the disk is failing. Held, not guessed.
+                    # Written by this process: the disk is failing. Held, not guessed; but what was deleted is gone.
                     tries += 1
                     assert self._journal is not None
                     self._journal.errors["read"] += 1
+                    if isinstance(error, FileNotFoundError) and tries >= _TRIES_OF_GONE:
+                        self._tell(error, "journal_window_gone", level="error", always=True, calls=window.calls)
+                        self._backlog.lose_stored_head(window)
+                        return
                     await self._wait_after(error, tries)
             self._backlog.load(window, generation)
 

@@ -1,4 +1,4 @@
-"""A sink that forgets commits: rows and ledger go back, together, to what they were."""
+"""A sink that forgets commits, rows and ledger together; and what was told of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tracker_daemon import MemorySink
 
 if TYPE_CHECKING:
+    import pytest
+
     from tracker_daemon.batch import Batch
     from tracker_daemon.sink import Applied
 
@@ -44,3 +46,9 @@ class ForgetfulSink(MemorySink):
     def sums(self) -> dict[str, int]:
         """Tokens by thread."""
         return {thread_id: row.total_tokens for thread_id, row in self.rows.items()}
+
+
+def told(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
+    """Return the fields of each time that *event* was logged."""
+    fields = [record.tracker for record in caplog.records if hasattr(record, "tracker")]
+    return [each for each in fields if each.get("event") == event]

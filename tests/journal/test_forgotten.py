@@ -12,7 +12,7 @@ from tests.faults.proxy import Cut, FaultProxy
 from tests.faults.servers import catch_up, cut_off, promote
 from tests.faults.test_failover import digits_of, flush_calls, primary_and_standby, regressions
 from tests.helpers import ledger, wait_until
-from tests.journal.forgetful import ForgetfulSink
+from tests.journal.forgetful import ForgetfulSink, told
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,12 +30,6 @@ def calls(tracker: Tracker, digits: Digits, threads: int = 10, name: str = "t") 
     for i in range(threads):
         thread_id = f"{name}-{i}"
         assert tracker.record_turn(thread_id, "agent", digits.tokens(thread_id))
-
-
-def told(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
-    """Return the fields of each time that *event* was logged."""
-    fields = [record.tracker for record in caplog.records if hasattr(record, "tracker")]
-    return [each for each in fields if each.get("event") == event]
 
 
 # -- a standby that lagged -------------------------------------------------------------------------

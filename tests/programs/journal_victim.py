@@ -94,7 +94,7 @@ def call(tracker: Tracker, name: str, caller: int, notes: memoryview, *, ensure:
         else:
             notes[Note.REFUSED] += 1
             pause.wait(0.001)
-        if not number % 20:
+        if not number % 5:
             pause.wait(0.001)
 
 

@@ -90,6 +90,7 @@ class Journal:
         """Calls applied again because the database had forgotten them."""
         self.next_first = 1
         """The sequence of the next window's first batch."""
+        self._first_of = (1, 1)
         self.compact_from = _COMPACT_FROM
         self._epoch = self._database = 0
         self._numbers = count(1)
@@ -234,6 +235,9 @@ class Journal:
                 )
         path = self.directory / open_name(self.producer, header.number)
         segment = Segment(header, size, path)
+        window, first = self._first_of
+        if header.window == window:
+            segment.note_first(first)  # the files before it may be none: the window began in memory
         self._sizes[path] = size
         self._names_changed = True
         if self.degraded:
@@ -263,8 +267,10 @@ class Journal:
     def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
         """Give the window in *segments* its identity; `None`: it is in memory alone."""
         first, self.next_first = self.next_first, self.next_first + batches
-        for segment in self.queue.segments:
-            segment.note_first(self.next_first)
+        with self.queue.turn:  # a segment of the next window is either there by now, or made with what is noted here
+            self._first_of = (segments[-1].header.window + 1, self.next_first)
+            for segment in self.queue.segments:
+                segment.note_first(self.next_first)
         self._last_window_bytes = sum(segment.end for segment in segments)
         kept = all(segment.path is not None for segment in segments)
         if not kept:
