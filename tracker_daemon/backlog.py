@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
 
-LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed")
+LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed", "journal_gone")
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
@@ -132,13 +132,12 @@ class Backlog:
         """Calls taken off the queue, ever."""
         self.settled = 0
         """Every call up to this many, in order of acceptance, is settled."""
-        self.recovering = journal is not None and bool(journal.left)
-        """Whether an earlier life's calls are still to be applied."""
         self._window = Generation(create_missing=create_missing)
         self._sealed: deque[_Sealed] = deque()
         self._resident: tuple[Generation, ...] = ()
-        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound.
-        self._most_in_window = max(1, max_pending // 2 - max_queue_size)
+        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound. Where the
+        # queue alone may pass it, not less than a quarter: each window is a file.
+        self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
         self._threads = 0
         self._recovered = 0
@@ -259,6 +258,16 @@ class Backlog:
         return len(self._window)
 
     @property
+    def recovering(self) -> bool:
+        """Whether an earlier life's calls are still to be applied."""
+        return self._journal is not None and self._journal.recovering
+
+    def end_recovery(self) -> None:
+        """What earlier lives left is applied, or stays where it is."""
+        if self._journal is not None:
+            self._journal.recovering = False
+
+    @property
     def in_flight(self) -> bool:
         """Whether a sealed window is not settled yet."""
         return bool(self._sealed)
@@ -363,6 +372,15 @@ class Backlog:
                 sealed.batches = deque(generation.batches(self.max_batch_size))
                 self._recount()
 
+    def lose_stored_head(self, window: Window) -> None:
+        """Give up a stored window whose files are gone: count it as lost."""
+        with self.lock:
+            if self.stored_head is window:
+                sealed = self._sealed.popleft()
+                self._totals.lost["journal_gone"] += sealed.calls
+                self.settled = sealed.sealed_at
+                self._recount()
+
     @property
     def producer(self) -> UUID:
         """Whose batches the next ones are."""
@@ -447,7 +465,7 @@ class Backlog:
             else:
                 lost += self._window.calls
             self.set_aside()
-            self.recovering = False
+            self.end_recovery()
             if lost:
                 self._totals.lost[reason] += lost
             self._window = Generation(create_missing=self.create_missing)

@@ -51,6 +51,7 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
     "other": STANDING,
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
+_TRIES_OF_GONE: Final = 3
 _LETTERS_TOLD: Final = 10
 # Ledger rows without a sign of life for a month are collected: far enough from it.
 _DAY: Final = 86_400.0
@@ -87,6 +88,7 @@ class Flusher:
         self._acknowledged: dict[UUID, Opened] = {}
         self._producer: UUID | None = None
         self._forgotten = False
+        self._in_hand: Window | None = None
         self._log = get_logger()
         self._rated = Rated(clock)
         self._random = Random()  # noqa: S311 - jitter
@@ -119,7 +121,7 @@ class Flusher:
                 if deltas is None:
                     await self._load_head()
                     continue
-                window = backlog.head_window
+                window = self._in_hand = backlog.head_window
                 if self._journal is not None and window is not None:
                     await self._make_durable(window)
                 last = self._numbers.last_success
@@ -231,20 +233,31 @@ class Flusher:
     # -- the journal -------------------------------------------------------------------------------
 
     async def _apply_again(self, producer: UUID, after: int, before: int) -> None:
-        """Apply what the journal has kept of *producer*'s batches after the first and before the second sequence."""
+        """Apply what the journal has of *producer*'s batches after the first and before the second sequence."""
         assert self._journal is not None
-        for window in self._journal.retained(producer):
+        windows, in_hand = self._journal.retained(producer), self._in_hand
+        if in_hand is not None and in_hand.producer == producer and in_hand not in windows:
+            windows.append(in_hand)  # its first batches may be among what the database forgot
+        for window in windows:
             if window.first < before and (window.last is None or window.last > after):
+                try:
+                    batches = await self._batches(window)
+                except (OSError, Damage) as error:
+                    # It is said what is missing when the ledger is moved on; a file that is gone holds nothing up.
+                    self._journal.errors["read"] += 1
+                    self._tell(error, "journal_unreadable", level="error", always=True)
+                    continue
                 calls = 0
-                for sequence, deltas in await self._batches(window):
+                for sequence, deltas in batches:
                     if after < sequence < before:
                         await self._apply(producer, sequence, deltas)
                         calls += sum(delta.calls for delta in deltas)
-                self._journal.replayed += calls
-                self._say("warning", "applied_again", first=window.first, calls=calls)
+                if calls:
+                    self._journal.replayed += calls
+                    self._say("warning", "applied_again", first=window.first, calls=calls)
 
     async def _repair_earlier_lives(self) -> None:
-        """The database forgot commits of this life: perhaps also some of those that this process had recovered."""
+        """Apply again what the database may have forgotten of earlier lives since they were recovered."""
         assert self._journal is not None
         for producer in self._journal.retained_producers:
             if producer != self._journal.producer:
@@ -272,10 +285,15 @@ class Flusher:
                 )
                 self._tell(told, "journal_set_aside", level="error", always=True)
         self._numbers.fenced = False
-        self._backlog.recovering = False
+        # What the database forgets before this life is registered there, its own ledger cannot show.
+        self._forgotten = bool(journal.retained_producers)
+        self._backlog.end_recovery()
 
     async def _recover(self, journal: Journal, life: Life) -> None:
         producer = life.producer
+        if not life.windows:
+            journal.recovered_life(producer)
+            return
         known = Opened(life.epoch, 0) if life.epoch else None
         if known is not None:
             self._acknowledged[producer] = known
@@ -287,6 +305,8 @@ class Flusher:
             position = self._positions.get(producer, position)
             if last is None or last > position.applied_sequence:
                 calls += await self._recover_window(window, position)
+            elif window.batches is None:
+                window.batches = last + 1 - window.first
             journal.recovered_window(window)
         journal.recovered_life(producer)
         self._positions.pop(producer, None)
@@ -298,9 +318,12 @@ class Flusher:
         # On the disk before any of it is applied: a loss of power must not change how the rest is cut.
         await self._in_thread(self._journal.sync_files, window.paths)
         generation = await self._read(window)
+        self._in_hand = window
         self._backlog.recover(generation)
         calls = generation.calls
-        for number, deltas in enumerate(generation.batches(window.max_batch_size)):
+        batches = list(generation.batches(window.max_batch_size))
+        window.batches = len(batches)
+        for number, deltas in enumerate(batches):
             sequence = window.first + number
             if sequence <= position.applied_sequence:
                 applied = Applied(rows=0, duplicate=True)
@@ -332,10 +355,14 @@ class Flusher:
                     generation = await self._read(window)
                     break
                 except (OSError, Damage) as error:
-                    # Written by this process: the disk is failing. Held, not guessed.
+                    # Written by this process: the disk is failing. Held, not guessed; but what was deleted is gone.
                     tries += 1
                     assert self._journal is not None
                     self._journal.errors["read"] += 1
+                    if isinstance(error, FileNotFoundError) and tries >= _TRIES_OF_GONE:
+                        self._tell(error, "journal_window_gone", level="error", always=True, calls=window.calls)
+                        self._backlog.lose_stored_head(window)
+                        return
                     await self._wait_after(error, tries)
             self._backlog.load(window, generation)
 

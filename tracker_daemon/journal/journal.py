@@ -80,6 +80,8 @@ class Journal:
         self.fsync_seconds = Histogram(SECONDS)
         self.degraded = False
         """Whether calls go to memory alone."""
+        self.recovering = False
+        """Whether earlier lives left something that is still to be looked at."""
         self.torn = 0
         """Bytes of torn records that recovery passed over."""
         self.recovered = 0
@@ -88,6 +90,7 @@ class Journal:
         """Calls applied again because the database had forgotten them."""
         self.next_first = 1
         """The sequence of the next window's first batch."""
+        self._first_of = (1, 1)
         self.compact_from = _COMPACT_FROM
         self._epoch = self._database = 0
         self._numbers = count(1)
@@ -103,7 +106,7 @@ class Journal:
         self._locks: list[DirectoryLock] = []
         self._left: dict[UUID, list[Path]] = {}
         self._attaching = RLock()
-        self._ended = False
+        self._adopted = self._ended = False
         self.directory = directory
         self._forked = forked
         if not forked:
@@ -120,7 +123,6 @@ class Journal:
             else:
                 self._lock = DirectoryLock(self.base)
             self._look(self.directory)
-            self._adopt()
             probe = self.directory / ".writable"
             probe.touch()
             probe.unlink()
@@ -137,17 +139,22 @@ class Journal:
                 return
         raise JournalError(f"journal {self.base / _FORKS}: no free place")
 
-    def _adopt(self) -> None:
-        """See to what children left that have died: whoever comes first recovers it."""
-        for place in sorted((self.base / _FORKS).glob("*")):
-            if (
-                place != self.directory
-                and place.is_dir()
-                and any(place.glob("*.journal"))
-                and (lock := try_lock(place))
-            ):
-                self._locks.append(lock)
-                self._look(place)
+    def adopt(self) -> None:
+        """See to what children left that have died: whoever works first takes it over. May block; again: no effect.
+
+        Not when the journal is made: a parent that only forks would hold on to it and never apply it.
+        """
+        if self._adopted or self._lock is None:
+            return
+        self._adopted = True
+        try:
+            for place in sorted((self.base / _FORKS).glob("*")):
+                if place != self.directory and any(place.glob("*.journal")) and (lock := try_lock(place)):
+                    self._locks.append(lock)
+                    self._look(place)
+        except OSError as error:
+            self.errors["read"] += 1
+            self._say("error", "journal_not_adopted", directory=str(self.base / _FORKS), error=str(error))
 
     def _look(self, directory: Path) -> None:
         with os.scandir(directory) as entries:
@@ -155,6 +162,7 @@ class Journal:
                 if (producer := producer_of(entry.name)) is not None:
                     path = Path(entry.path)
                     self._left.setdefault(producer, []).append(path)
+                    self.recovering = True
                     self._sizes[path] = entry.stat().st_size
 
     @property
@@ -227,6 +235,9 @@ class Journal:
                 )
         path = self.directory / open_name(self.producer, header.number)
         segment = Segment(header, size, path)
+        window, first = self._first_of
+        if header.window == window:
+            segment.note_first(first)  # the files before it may be none: the window began in memory
         self._sizes[path] = size
         self._names_changed = True
         if self.degraded:
@@ -256,8 +267,10 @@ class Journal:
     def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
         """Give the window in *segments* its identity; `None`: it is in memory alone."""
         first, self.next_first = self.next_first, self.next_first + batches
-        for segment in self.queue.segments:
-            segment.note_first(self.next_first)
+        with self.queue.turn:  # a segment of the next window is either there by now, or made with what is noted here
+            self._first_of = (segments[-1].header.window + 1, self.next_first)
+            for segment in self.queue.segments:
+                segment.note_first(self.next_first)
         self._last_window_bytes = sum(segment.end for segment in segments)
         kept = all(segment.path is not None for segment in segments)
         if not kept:
@@ -373,7 +386,10 @@ class Journal:
 
     def recovered_life(self, producer: UUID) -> None:
         """All that *producer* left is in the database."""
-        self._left.pop(producer, None)
+        kept = {path for window in self.retained(producer) for path in window.paths}
+        for path in self._left.pop(producer, ()):
+            if path not in kept:
+                self._delete(path)  # gone with its window, or never begun
 
     def set_aside(self, error: BaseException) -> None:
         """Something of an earlier life cannot be applied: it stays where it is."""
@@ -405,7 +421,7 @@ class Journal:
             began = time.monotonic()
             try:
                 segment.sync()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:  # the latter two of a map that was let go of meanwhile
                 if not segment.closed:
                     self._bad.append(segment)
                     self.fail("fsync", error)

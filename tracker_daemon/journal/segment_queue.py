@@ -35,7 +35,8 @@ class SegmentQueue(deque[None]):
         super().__init__()
         self._make = make
         self._count = super().append
-        self._turn = RLock()
+        self.turn = RLock()
+        """Held while a segment is made and put behind the others."""
         self._chain: deque[Segment] = deque()
         self._read: list[Segment] = []
         self._offset = HEADER_SIZE
@@ -72,7 +73,7 @@ class SegmentQueue(deque[None]):
                 return
 
     def _roll(self, seen: Callable[[bytes], object], size: int) -> None:
-        with self._turn:
+        with self.turn:
             if self._write is seen:
                 segment = self._make(self._window, size)
                 # A signal handler that called in between has brought a segment of its own: this one follows it.
@@ -158,7 +159,7 @@ class SegmentQueue(deque[None]):
 
     def cut(self, following: Segment) -> None:
         """End the window: calls go to *following* from here on."""
-        with self._turn:
+        with self.turn:
             self._window += 1
             self._install(following)
 
@@ -168,7 +169,7 @@ class SegmentQueue(deque[None]):
 
     def cut_within(self, following: Segment) -> None:
         """Go on with *following* in the same window; `drain` stops before it, until `put_back`."""
-        with self._turn:
+        with self.turn:
             self._install(following)
         self._stop = following
 
@@ -197,7 +198,7 @@ class SegmentQueue(deque[None]):
 
     def end(self) -> list[Segment]:
         """Stop: freeze and return what is left. A call that comes later goes to memory alone."""
-        with self._turn:
+        with self.turn:
             segment, self._segment, self._write = self._segment, None, _nowhere
             if segment is not None:
                 segment.freeze()

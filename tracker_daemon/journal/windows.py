@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 SUFFIX: Final = ".journal"
 _SEALED: Final = re.compile(r"([0-9a-f]{32})-(\d{16})-(\d{4})\.journal")
 _OPEN: Final = re.compile(r"([0-9a-f]{32})-open-(\d{8})\.journal")
+_CHUNK: Final = 1 << 16
 _END_SIZE: Final = len(encode_mark(End(0, 0, 0)))
 
 
@@ -238,7 +239,7 @@ class _Found:
 
 
 def life_of(producer: UUID, paths: Iterable[Path]) -> Life:
-    """Return the windows in *paths*, all of one producer.
+    """Return the windows in *paths*, all of one producer. A file of zeros was only being made, and is passed over.
 
     A window whose first sequence is nowhere noted follows the one before it; to know how many batches that has it is
     read.
@@ -250,6 +251,8 @@ def life_of(producer: UUID, paths: Iterable[Path]) -> Life:
     by_window: dict[int, list[_Found]] = {}
     life = Life(producer, 0, 0, 0, [], 2**63)
     for path in sorted(paths):
+        if not _begun(path):
+            continue
         file = _written(path)
         try:
             header = file.header
@@ -276,6 +279,15 @@ def life_of(producer: UUID, paths: Iterable[Path]) -> Life:
         found_files = sorted(by_window[number], key=lambda found: found.order)
         life.windows.append(_window(life, found_files))
     return life
+
+
+def _begun(path: Path) -> bool:
+    """Say whether anything was ever written there: a crash comes between the allocation and the header, too."""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            if chunk.strip(b"\0"):
+                return True
+    return False
 
 
 def _marks(file: Written) -> Iterator[Opened]:
