@@ -76,6 +76,10 @@ class Damaged(ValueError):  # noqa: N818 - says what is the case
     """The bytes at an offset are no record."""
 
 
+class Blank(Damaged):
+    """There is no header: a loss of power before the first fsync takes it, and with it what the file held."""
+
+
 def encode(record: Record) -> bytes:
     """Return one call as a framed record."""
     if len(record) == 5:
@@ -311,13 +315,14 @@ class Header:
         """Return the header in *data*.
 
         Raises:
-            Damaged: it is none, or of another version.
+            Blank: it is none.
+            Damaged: it is of another version.
         """
         if len(data) < HEADER_SIZE or not data.startswith(MAGIC):
-            raise Damaged("no journal's header")
+            raise Blank("no journal's header")
         head = data[: _HEADER.size]
         if crc32(head).to_bytes(4, "little") != data[_HEADER.size : _HEADER.size + 4]:
-            raise Damaged("a header whose checksum does not match")
+            raise Blank("a header whose checksum does not match")
         _, version, lane, producer, epoch, database, number, window, anew, create, size, created = _HEADER.unpack(head)
         if version != VERSION:
             raise Damaged(f"the format's version {version}; this program reads {VERSION}")
@@ -332,3 +337,16 @@ HEADER_SIZE: Final = 128
 FIRST_AT: Final = 104
 SYNCED_AT: Final = 112
 WORD: Final = Struct("<Q")
+
+
+def word(value: int) -> int:
+    """Return *value*, below 2**48, with a checksum in the other 16 bits; 0, which a new file has there, for 0."""
+    return value and value << 16 | crc32(value.to_bytes(6, "little")) & 0xFFFF
+
+
+def word_value(packed: int) -> int:
+    """Return what `word` was given; raises `Damaged` for anything else."""
+    value = packed >> 16
+    if word(value) != packed:
+        raise Damaged("a number in the header whose checksum does not match")
+    return value
