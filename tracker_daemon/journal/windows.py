@@ -365,6 +365,6 @@ def batches_of(window: Window) -> int:
 def take(generation: Generation, item: Record | Sum) -> None:
     """Add what was read to *generation*."""
     if isinstance(item, Sum):
-        generation.put(item.delta, late=item.late)
+        generation.put(item.delta, late=item.late, more=item.more)
     else:
         generation.fold(item)
