@@ -255,9 +255,7 @@ class KillSoak:
         if restart is not None and restart.ident:
             restart.join()
         self._maybe_tear()
-        if kind == "server away" and (chance.random() < 0.5 or self._deck == []):
-            server.start()
-        elif not server.running:
+        if (kind == "server away" and (chance.random() < 0.5 or self._deck == [])) or not server.running:
             server.start()
 
     def _settings(self, kind: str) -> dict[str, Any]:

@@ -252,8 +252,6 @@ class Worker:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(LateExecutor())
         self._sealed = anyio.Event()
-        if self._journal is not None and self._journal.left:
-            self._backlog.recovering = True  # a fork's child has looked only at its first call
         if self._backlog.in_flight:
             self._sealed.set()
         self._woken = True
