@@ -255,7 +255,7 @@ class Flusher:
     async def recover(self) -> None:
         """Apply what earlier processes left, each life under its own identity; return when that is done."""
         journal = self._journal
-        if journal is None:
+        if journal is None or not journal.left:
             return
         for life, error in journal.lives():
             try:

@@ -252,6 +252,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(LateExecutor())
         self._sealed = anyio.Event()
+        if self._journal is not None and self._journal.left:
+            self._backlog.recovering = True  # a fork's child has looked only at its first call
         if self._backlog.in_flight:
             self._sealed.set()
         self._woken = True
@@ -351,9 +353,8 @@ class Worker:
             self._on_wake()
 
     async def _flush_loop(self, flusher: Flusher) -> None:
-        if self._backlog.recovering:
-            await flusher.recover()
-            self._on_wake()
+        await flusher.recover()
+        self._on_wake()
         while True:
             await self._sealed.wait()
             self._sealed = anyio.Event()

@@ -250,7 +250,7 @@ class Journal:
         if producer == self.producer:
             first = not self._epoch
             self._epoch, self._database = epoch, database
-            if first and self.queue.begun:
+            if first and self.queue.segments:
                 self.queue.note(Opened(epoch, database))
 
     def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
@@ -340,7 +340,8 @@ class Journal:
     def _forget(self, path: Path) -> None:
         for segment in list(self._unsynced):
             if segment.path == path:
-                self._unsynced.remove(segment)
+                with suppress(ValueError):  # a caller that needs room, and the worker, may be here at once
+                    self._unsynced.remove(segment)
                 segment.close()
         self._delete(path)
 

@@ -186,11 +186,6 @@ class SegmentQueue(deque[None]):
         read, self._read = self._read, []
         return read
 
-    @property
-    def begun(self) -> bool:
-        """Whether anything was written since the window began."""
-        return bool(self._read) or (bool(self._chain) and (len(self._chain) > 1 or self._chain[0].end > HEADER_SIZE))
-
     def note(self, opened: Opened) -> None:
         """Write a mark among the calls."""
         self._put(records.encode_mark(opened))
