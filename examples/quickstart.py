@@ -1,8 +1,8 @@
 """Three calls on one conversation, and the row they leave.
 
-pip install '.[embedded]'                      # in a checkout: the library with a PostgreSQL of its own
-python quickstart.py                           # keeps its database in ./chat-database
-python quickstart.py postgresql:///chat        # on yours, once `tracker-daemon migrate` has made the tables
+Run:
+    python quickstart.py                       # with a PostgreSQL of its own (extra `embedded`), in ./chat-database
+    python quickstart.py postgresql:///chat    # on yours, once `tracker-daemon migrate` has made the tables
 """
 
 import asyncio

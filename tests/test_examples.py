@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
 from decimal import Decimal
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -315,6 +316,11 @@ def where(kind: str, database: str, folder: Path) -> Iterator[str]:
             assert daemon.stop().returncode == 0
 
 
+def gone(process: int) -> bool:
+    """Say whether a process has ended, and its parent knows."""
+    return not Path(f"/proc/{process}").exists()
+
+
 def check(site: Site, database: str) -> None:
     """Each call counts once, and costs add as decimals."""
     rows = turns_by_thread(database)
@@ -365,7 +371,7 @@ def test_django_worker_killed(database: str, folder: Path, kind: str) -> None:
                 site.turn()
             os.kill(last, signal.SIGKILL)
             # gunicorn waits for it before it starts another.
-            wait_until(lambda last=last: not Path(f"/proc/{last}").exists(), "the worker's end")
+            wait_until(partial(gone, last), "the worker's end")
         site.use(workers=5)
         site.server.process.send_signal(signal.SIGTERM)
         outcome = site.server.end()
@@ -412,10 +418,11 @@ class Lines:
     def _one(self) -> str:
         thread_id = f"t-{self._number % self._threads}"
         self._number += 1
-        fields = {"agent_name": "node", "tokens": self.digits.tokens(thread_id), "cost": "0.1"}
+        tokens = self.digits.tokens(thread_id)
         # No integer above 2**53 - 1 gets through JSON.parse unhurt.
-        assert fields["tokens"] < 2**53
-        return json.dumps({"call": "record_turn", "thread_id": thread_id, **fields}) + "\n"
+        assert tokens < 2**53
+        fields = {"thread_id": thread_id, "agent_name": "node", "tokens": tokens, "cost": "0.1"}
+        return json.dumps({"call": "record_turn", **fields}) + "\n"
 
     def check(self, database: str) -> None:
         """Each call counts once."""
