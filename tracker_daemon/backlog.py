@@ -147,7 +147,7 @@ class Backlog:
         self._moves = self._new = 0
         self._counted = -1
         self._given: deque[tuple[int, int, int]] = deque()
-        """Of calls whose instant is not that of their taking: the first and the last one's number, and that of taking."""
+        """Of calls whose instant is not that of their taking: first number, the one behind the last, when taken."""
         self._totals = _Totals()
 
     # -- the calls' side: no lock ------------------------------------------------------------------

@@ -115,7 +115,7 @@ class _Api:
     def guarded(self, handler: Handler) -> Handler:
         """Return *handler* behind the token and the state of the service."""
 
-        async def run(request: Request) -> Response:
+        async def run(request: Request) -> Response:  # noqa: PLR0911 - one a kind of end
             try:
                 self._admit(request)
                 return await handler(request)

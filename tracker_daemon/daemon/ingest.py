@@ -101,9 +101,8 @@ def _call(line: bytes, now: int) -> Record:
         # Costs as the decimals that stand there; integers of any length would take quadratic time.
         value = json.loads(line, parse_float=Decimal, parse_int=_integer, parse_constant=_no_number)
     except (ValueError, RecursionError, ArithmeticError) as error:
-        raise _Wrong(
-            f"not JSON: {error if isinstance(error, ValueError) else 'too deep, or a number too large'}"
-        ) from None
+        why = error if isinstance(error, ValueError) else "too deep, or with too large a number"
+        raise _Wrong(f"not JSON: {why}") from None
     if not isinstance(value, dict):
         raise _Wrong(f"must be a JSON object, got {shown(value)}")
     kind = value.pop("call", None)
