@@ -146,6 +146,8 @@ class Backlog:
         self._waiting: set[str] | None = None
         self._moves = self._new = 0
         self._counted = -1
+        self._given: deque[tuple[int, int, int]] = deque()
+        """Of calls whose instant is not that of their taking: first number, the one behind the last, when taken."""
         self._totals = _Totals()
 
     # -- the calls' side: no lock ------------------------------------------------------------------
@@ -175,9 +177,14 @@ class Backlog:
             self.queue.append(record)
             return None
 
-    def enter_all(self, records: Sequence[Record]) -> str | None:
-        """Append *records* if all of them fit, else none; return as `enter`."""
-        with self._turn:
+    def enter_all(self, records: Sequence[Record], taken_at: int = 0) -> str | None:
+        """Append *records* if all of them fit, else none; return as `enter`. Waits for a worker that is folding.
+
+        Args:
+            records: the calls.
+            taken_at: nanoseconds since 1970, where the instants in *records* may be others; else 0.
+        """
+        with self.lock, self._turn:
             if self.closed:
                 return "closed"
             waiting = len(self.queue)
@@ -190,6 +197,9 @@ class Backlog:
                 if len(new) > room:
                     return "max_pending"
             self.gate = 0
+            if taken_at:
+                first = self.folded + len(self.queue)
+                self._given.append((first, first + len(records), taken_at))
             for record in records:
                 self.queue.append(record)
             self._waiting = None
@@ -221,9 +231,7 @@ class Backlog:
     def drain(self, limit: int) -> int:
         """Fold at most *limit* calls from the queue into the open window; return how many."""
         with self.lock:
-            most = self._most_in_window if self._can_store else sys.maxsize
-            count = self.queue.drain(self._fold, limit, self._window.deltas, most)
-            self.folded += count
+            count = self._drain(limit, self._most_in_window if self._can_store else sys.maxsize)
             self._waiting = None
             self._moves += 1
         return count
@@ -291,8 +299,8 @@ class Backlog:
         with self.lock:
             if journal is not None and following is not None:
                 journal.queue.cut(following)
-                while count := journal.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
-                    self.folded += count
+                while self._drain(sys.maxsize, sys.maxsize):
+                    pass
             generation, self._window = self._window, Generation(create_missing=self.create_missing)
             batches = deque(generation.batches(self.max_batch_size))
             sealed = _Sealed(generation, None, self.folded, generation.oldest_at, len(generation.deltas))
@@ -319,8 +327,8 @@ class Backlog:
             if following.path is None or not journal.queue.cut_within(following):
                 journal.drop([following])
                 return
-            while count := journal.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
-                self.folded += count
+            while self._drain(sys.maxsize, sys.maxsize):
+                pass
             before = journal.queue.take_read()
             anew = None
             if before:
@@ -362,6 +370,11 @@ class Backlog:
     def head(self) -> tuple[ThreadDelta, ...] | None:
         """Return the oldest sealed batch; it stays until `settle`. `None`: there is none, or it must be `load`ed."""
         return self._sealed[0].batches[0] if self._sealed and self._sealed[0].batches else None
+
+    @property
+    def head_oldest_at(self) -> int:
+        """When the oldest call of the oldest sealed window was taken, nanoseconds since 1970."""
+        return self._sealed[0].oldest_at if self._sealed else 0
 
     @property
     def stored_head(self) -> Window | None:
@@ -462,8 +475,8 @@ class Backlog:
     def abandon(self, reason: str) -> int:
         """Give up everything pending: what the journal has stays there, the rest is lost for *reason*; return that."""
         with self.lock:
-            while count := self.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
-                self.folded += count
+            while self._drain(sys.maxsize, sys.maxsize):
+                pass
             lost = 0
             for sealed in self._sealed:
                 if sealed.stored is None:
@@ -518,7 +531,7 @@ class Backlog:
             settled = totals.applied.total() + totals.dead_lettered.total() + totals.lost.total()
             unseen = {record[0] for record in waiting if not self._holds(record[0])}
             oldest = self._sealed[0].oldest_at if self._sealed else self._window.oldest_at
-            oldest = oldest or next((record[-1] for record in waiting), 0)
+            oldest = oldest or next((self._taken_at() or record[-1] for record in waiting), 0)
             stored = sum(sealed.threads for sealed in self._sealed if sealed.generation is None)
             return Books(
                 accepted=dict(accepted),
@@ -538,6 +551,22 @@ class Backlog:
         self._waiting = None  # what came by the gate is not counted there
         room = self.max_queue_size if self.queue.on_disk else self.max_pending - self._threads
         self.gate = 0 if self.closed else max(0, min(calls, room, self.max_queue_size))
+
+    def _drain(self, limit: int, most: int) -> int:
+        is_first = not self._window.deltas
+        count = self.queue.drain(self._fold, limit, self._window.deltas, most)
+        if is_first and count and (taken_at := self._taken_at()):
+            self._window.oldest_at = taken_at
+        self.folded += count
+        while self._given and self._given[0][1] <= self.folded:
+            self._given.popleft()
+        return count
+
+    def _taken_at(self) -> int:
+        """Return when the call that is folded next was taken; 0 when it is the instant that it carries."""
+        if self._given and self._given[0][0] <= self.folded:
+            return self._given[0][2]
+        return 0
 
     def _fold(self, record: Record) -> None:
         if self._window.fold(record):

@@ -128,7 +128,7 @@ class Flusher:
                 # The old identity's ledger row may be collected soon.
                 name = backlog.name(renew=bool(last) and self._clock.wall() - last > _DAY)
                 self._producer = name[0]
-                applied = await self._apply(*name, deltas)
+                applied = await self._apply(*name, deltas, backlog.head_oldest_at)
                 window = backlog.settle(deltas, applied)
                 if self._journal is not None and window is not None:
                     self._journal.applied(window)
@@ -147,8 +147,13 @@ class Flusher:
             self._numbers.regressions += isinstance(error, LedgerRegressed)
             self._tell(error, "ledger_at_close", level="error", always=True)
 
-    async def _apply(self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...]) -> Applied:
-        """Apply one batch, however long it takes, and return what became of it."""
+    async def _apply(
+        self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...], taken_at: int = 0
+    ) -> Applied:
+        """Apply one batch, however long it takes, and return what became of it.
+
+        *taken_at*: when the oldest call of its window was taken, nanoseconds since 1970; 0: as its calls say.
+        """
         tries = regressed = 0
         started = self._clock.monotonic()
         while True:
@@ -176,7 +181,7 @@ class Flusher:
             else:
                 break
         self._hurried = False
-        self._record(applied, deltas, self._clock.monotonic() - started)
+        self._record(applied, deltas, self._clock.monotonic() - started, taken_at)
         if tries:
             self._say("info", "flush_recovered", tries=tries)
         return applied
@@ -400,12 +405,15 @@ class Flusher:
 
     # -- what is told ------------------------------------------------------------------------------
 
-    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float) -> None:
+    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float, taken_at: int) -> None:
         numbers, now = self._numbers, self._clock.wall()
+        # An instant that a client gave may be of any time: it tells nothing about when its call came.
+        oldest, taken = min(delta.first_at for delta in deltas) / 1e6, taken_at / 1e9
+        since = oldest if not taken or taken <= oldest <= now else taken
         numbers.flushes["duplicate" if applied.duplicate else "ok"] += 1
         numbers.flush_seconds.observe(seconds)
         numbers.flush_rows.observe(len(deltas))
-        numbers.commit_lag_seconds.observe(max(0.0, now - min(delta.first_at for delta in deltas) / 1e6))
+        numbers.commit_lag_seconds.observe(max(0.0, now - since))
         numbers.last_success = now
         numbers.last_error = None
         if applied.duplicate:
