@@ -135,8 +135,8 @@ class Backlog:
         self._window = Generation(create_missing=create_missing)
         self._sealed: deque[_Sealed] = deque()
         self._resident: tuple[Generation, ...] = ()
-        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound. Where the
-        # queue alone may pass it, not less than a quarter: each window is a file.
+        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound. Where
+        # the queue alone may pass it, not less than a quarter: each window is a file.
         self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
         self._threads = 0

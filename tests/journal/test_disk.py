@@ -14,14 +14,15 @@ from tests.digits import Digits
 from tests.faults.harness import PATIENCE
 from tests.helpers import GatedSink, Trackers, balanced, wait_until
 from tests.journal.disks import SmallDisk, read_only, small_disk
-from tests.journal.forgetful import ForgetfulSink, told
+from tests.journal.forgetful import told
 from tracker_daemon import JournalError, MemorySink, Tracker
 from tracker_daemon.journal import journal as journal_module
-from tracker_daemon.journal.journal import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tracker_daemon.journal.journal import Journal
 
 MIB = 1 << 20
 
@@ -116,9 +117,7 @@ def test_full_at_the_first_call(disk: SmallDisk, trackers: Trackers, caplog: pyt
     ends_exact(tracker, digits, sink)
 
 
-def test_full_in_the_middle_of_a_window(
-    disk: SmallDisk, trackers: Trackers, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_in_the_middle_of_a_window(disk: SmallDisk, trackers: Trackers, caplog: pytest.LogCaptureFixture) -> None:
     """A window's first file is full and no second one can be had: what follows is in memory, and all of it counts."""
     digits, sink = Digits(), GatedSink()
     disk.leave(MIB + MIB // 4)
@@ -166,9 +165,7 @@ def test_full_again_and_again(disk: SmallDisk, trackers: Trackers, caplog: pytes
     ends_exact(tracker, digits, sink)
 
 
-def test_files_again_after_windows_in_memory(
-    disk: SmallDisk, trackers: Trackers, tmp_path: Path
-) -> None:
+def test_files_again_after_windows_in_memory(disk: SmallDisk, trackers: Trackers, tmp_path: Path) -> None:
     """Calls that go to files again, behind windows in memory alone, are found by the next process, and count once."""
     digits, sink, journal = Digits(), MemorySink(), disk.folder / "journal"
     disk.leave(MIB // 2)
@@ -231,7 +228,7 @@ def test_directory_made_read_only(tmp_path: Path, trackers: Trackers, caplog: py
 
 def test_directory_that_is_read_only_from_the_start(tmp_path: Path) -> None:
     """A tracker that could journal nothing is not made."""
-    with read_only(tmp_path), pytest.raises(JournalError, match="cannot be|Read-only|Permission"):
+    with read_only(tmp_path), pytest.raises(JournalError, match=r"cannot be|Read-only|Permission"):
         Tracker(MemorySink(), journal=tmp_path)
 
 
@@ -284,9 +281,7 @@ def test_directory_deleted_while_windows_wait_there(
     ("bounds", "most"),
     [({"max_pending": 1_000, "max_queue_size": 250}, 1_000), ({"max_pending": 1_000}, 1_000), ({}, 1_000_000)],
 )
-def test_more_threads_than_fit_in_memory(
-    tmp_path: Path, trackers: Trackers, bounds: dict[str, Any], most: int
-) -> None:
+def test_more_threads_than_fit_in_memory(tmp_path: Path, trackers: Trackers, bounds: dict[str, Any], most: int) -> None:
     """The database is away and threads keep coming: none is refused, few are held, and all count once in the end."""
     digits, sink = Digits(), GatedSink()
     tracker = trackers(sink, journal=tmp_path, flush_interval=0.01, **bounds)
