@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test bench soak lint types fmt cov clean
+.PHONY: help demo test bench soak soak-journal soak-journal-recovery lint types fmt cov clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
 
 # The stamp holds the install; it is made again when the project's metadata changes.
 .venv/installed: pyproject.toml
@@ -26,6 +26,12 @@ bench: .venv/installed  ## what a call costs beside a queue append, as ratios
 
 soak: .venv/installed  ## faults for SECONDS=60, then: calls made, lost, doubled
 	$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
+
+soak-journal: .venv/installed  ## KILLS=1000 of a process with a journal, then: calls missing, doubled
+	$(BIN)/python -m tests.soak_journal --kills $(or $(KILLS),1000) $(ARGS)
+
+soak-journal-recovery: .venv/installed  ## CALLS=5000000 left by a killed process: seconds and memory
+	$(BIN)/python -m tests.soak_recovery --calls $(or $(CALLS),5000000) $(ARGS)
 
 cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m coverage erase
