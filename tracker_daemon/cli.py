@@ -66,7 +66,9 @@ def program(context: click.Context) -> None:
     group = context.command
     assert isinstance(group, click.Group)
     known = _variables(group)
-    _refuse_unknown(known, os.environ)
+    # A client's, in an environment for all; to `serve` it would be a token that nobody is asked for.
+    of_clients = set() if context.invoked_subcommand == "serve" else {"TRACKER_TOKEN"}
+    _refuse_unknown({*known.values(), *of_clients}, os.environ)
     found = {parameter: _read_secret(variable, os.environ) for parameter, variable in known.items()}
     given = {parameter: value for parameter, value in found.items() if value is not None}
     context.default_map = _defaults(group, given)
@@ -93,8 +95,8 @@ def _defaults(group: click.Group, given: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown(known: Mapping[str, str], environment: Mapping[str, str]) -> None:
-    names = {*known.values(), *(name + _FILE for name in _SECRET)}
+def _refuse_unknown(known: set[str], environment: Mapping[str, str]) -> None:
+    names = {*known, *(name + _FILE for name in _SECRET)}
     faults = []
     for name in sorted(environment):
         if name.startswith(_PREFIX) and name not in names and not _OF_KUBERNETES.fullmatch(name):
@@ -166,7 +168,9 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except (psycopg.Error, TrackerError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from None
+        # Of what the server refused its own words, without the place in a statement that nobody typed.
+        text = (isinstance(error, psycopg.Error) and error.diag.message_primary) or str(error)
+        raise click.ClickException(" ".join(text.split())) from None
 
 
 # -- the commands ----------------------------------------------------------------------------------
