@@ -67,7 +67,7 @@ def rounds(draw: st.DrawFn) -> list[list[Step]]:
     delta = st.tuples(st.sampled_from(THREADS), agent, tokens)
     deltas = st.lists(delta, max_size=3, unique_by=lambda item: item[0]).map(tuple)
     step = st.builds(
-        Step, st.integers(0, 4), st.sampled_from([0, 0, 0, 0, -1, -2, 1]), st.sampled_from([1, 1, 1, 0, 2]), deltas
+        Step, st.integers(0, 4), st.sampled_from([0, 0, 0, 0, -1, -2, 1]), st.sampled_from([1, 1, 1, 3, 2]), deltas
     )
     some = st.lists(step, min_size=1, max_size=5, unique_by=lambda item: item.producer)
     return draw(st.lists(some, min_size=1, max_size=6))
