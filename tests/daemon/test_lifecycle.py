@@ -22,7 +22,7 @@ from tests.helpers import PATIENCE, refusing_port, totals, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TOKEN = "a-token-of-more-than-16"
+TOKEN = "a-token-of-more-than-16"  # noqa: S105 - of the test alone
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -238,7 +238,7 @@ def test_connection_lost_in_a_rollback(database: str) -> None:
         sink = ManySink(Connector(database), (None, "conversations"))
         await sink.open(PRODUCERS[0], 0)
         await sink.open(PRODUCERS[1], 0)
-        bad = replace(_delta("t", "a", 1, at=1))
+        bad = _delta("t", "a", 1, at=1)
         bad.turns = 2**40
         batches = [Batch(producer, 0, 1, 1, (bad,)) for producer in PRODUCERS[:2]]
         session = await sink._connected()
