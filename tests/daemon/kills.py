@@ -33,7 +33,7 @@ from tests.conftest import run_migrate
 from tests.daemon.between import Between
 from tests.daemon.harness import ROOT, Daemon, turn
 from tests.digits import CALLS_PER_THREAD
-from tests.helpers import PROGRAMS
+from tests.helpers import PROGRAMS, wait_until
 from tracker_daemon.embedded import EmbeddedPostgres
 
 if TYPE_CHECKING:
@@ -136,7 +136,14 @@ class Kills:
         settings = {"max_connections": "60", "deadlock_timeout": "200ms"}
         with EmbeddedPostgres(self._folder / "pg", settings=settings, port=0) as self._postgres:
             run_migrate(self._postgres.conninfo)
-            options = ["--journal", str(self._folder / "journal"), "--flush-interval", "0.05", "--relay-interval", "0.01"]
+            options = [
+                "--journal",
+                str(self._folder / "journal"),
+                "--flush-interval",
+                "0.05",
+                "--relay-interval",
+                "0.01",
+            ]
             self._daemon = Daemon(self._postgres.conninfo, self._folder, *options)
             try:
                 self._daemon.start()
@@ -157,6 +164,7 @@ class Kills:
                 worker.start()
             for poster in self._posters:
                 poster.start()
+            wait_until(lambda: all(calls for each in self._workers for _, calls, *_ in each.numbers()), "every worker", 60)
             self._kill_in_turn()
         finally:
             for poster in self._posters:
@@ -217,7 +225,7 @@ class Kills:
                     missing.append((name, number))
         self._say(f"{once} calls counted once, missing {len(missing)}, doubled {len(doubled)}; {dict(self.met)}")
         if missing or doubled:
-            self._say(f"missing {missing[:20]}, doubled {doubled[:20]}")
+            self._say(f"missing {missing[:20]}, doubled {doubled[:20]}\n{self._daemon.log}")
         return not missing and not doubled and once > 0
 
 
