@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test bench soak lint types fmt cov clean
+.PHONY: help demo test bench soak soak-daemon lint types fmt cov clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,9 @@ bench: .venv/installed  ## what a call costs beside a queue append, as ratios
 
 soak: .venv/installed  ## faults for SECONDS=60, then: calls made, lost, doubled
 	$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
+
+soak-daemon: .venv/installed  ## daemon, workers and server killed for SECONDS=60, then: calls missing, doubled
+	$(BIN)/python -m tests.daemon.kills --seconds $(or $(SECONDS),60) $(ARGS)
 
 cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m coverage erase

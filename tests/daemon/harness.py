@@ -62,6 +62,7 @@ class Daemon:
 
     def __init__(self, database: str, folder: Path, *options: str, **environment: str) -> None:
         self.database, self.folder = database, folder
+        self.port = next((int(each.rpartition(":")[2]) for each in options if each.startswith("127.0.0.1:")), None)
         self.path = str(folder / f"{uuid4().hex[:8]}.sock")
         self.options = options
         self.environment = environment
@@ -157,6 +158,8 @@ class Daemon:
 
     def connection(self, timeout: float = PATIENCE) -> http.client.HTTPConnection:
         """Return a connection, not yet made."""
+        if self.port is not None:
+            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         return _Unix(self.path, timeout)
 
     def request(

@@ -164,8 +164,9 @@ class Kills:
                 worker.start()
             for poster in self._posters:
                 poster.start()
-            wait_until(lambda: all(calls for each in self._workers for _, calls, *_ in each.numbers()), "every worker", 60)
+            wait_until(self._all_at_work, "every worker", 60)
             self._kill_in_turn()
+            wait_until(self._all_at_work, "every worker", 60)
         finally:
             for poster in self._posters:
                 poster.stop.set()
@@ -175,6 +176,9 @@ class Kills:
                 poster.join()
             statuses = [worker.process.wait(90) for worker in self._workers]
         assert statuses == [0] * WORKERS, statuses
+
+    def _all_at_work(self) -> bool:
+        return all(list(worker.numbers())[-1][1] for worker in self._workers)
 
     def _kill_in_turn(self) -> None:
         until, rounds = time.monotonic() + self._seconds, 0

@@ -14,8 +14,8 @@ from pathlib import Path
 from struct import pack_into
 
 from prometheus_client import CollectorRegistry
-
 from telling import say
+
 from tracker_daemon import Tracker
 
 CALLS_PER_THREAD = 31

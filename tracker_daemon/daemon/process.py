@@ -135,7 +135,7 @@ def bind_all(options: Options) -> list[socket.socket]:
 # -- the server ------------------------------------------------------------------------------------
 
 
-def _protocol(options: Options) -> type[H11Protocol]:
+def _protocol(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of small methods
     """Return uvicorn's protocol with bounds on connections and on the time for a request's head."""
 
     class Bounded(H11Protocol):
