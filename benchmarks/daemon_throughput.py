@@ -1,4 +1,4 @@
-"""Calls a second that one daemon takes over its Unix socket from eight workers, and what a call costs a worker meanwhile.
+"""Calls a second that a daemon takes over its Unix socket from eight workers, and what a call costs them meanwhile.
 
 The same workers with the same pace write into the same database in process, for comparison. Prints the versions and
 what the server does for durability.

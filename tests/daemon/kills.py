@@ -49,6 +49,7 @@ class Worker:
     def __init__(self, url: str, name: str, folder: Path, *, journal: bool) -> None:
         self._url, self.name, self._folder = url, name, folder
         self.journal = str(folder / f"{name}.journal") if journal else "-"
+        self.log = folder / f"{name}.log"
         self.lives: list[tuple[str, Path, bool]] = []
         self.process: subprocess.Popen[bytes]
 
@@ -56,15 +57,17 @@ class Worker:
         """Begin another life."""
         name = f"{self.name}.{len(self.lives)}"
         numbers = self._folder / name
-        numbers.write_bytes(bytes(24))
+        numbers.write_bytes(bytes(32))
         self.lives.append((name, numbers, False))
         program = str(PROGRAMS / "daemon_worker.py")
-        self.process = subprocess.Popen(
-            [sys.executable, program, self._url, name, str(numbers), self.journal],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
+        with self.log.open("a") as log:
+            print("-- life", name, file=log, flush=True)
+            self.process = subprocess.Popen(
+                [sys.executable, program, self._url, name, str(numbers), self.journal],
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
 
     def kill(self) -> None:
         """End this life at once."""
@@ -72,10 +75,10 @@ class Worker:
         self.process.wait()
         self.lives[-1] = (*self.lives[-1][:2], True)
 
-    def numbers(self) -> Iterator[tuple[str, int, int, int, bool]]:
-        """Yield of each life: its name, calls made, batches found done, tries that failed, whether it was killed."""
+    def numbers(self) -> Iterator[tuple[str, int, int, int, int, bool]]:
+        """Yield of each life: its name, calls made, batches found done, tries failed, calls left in the journal, killed."""
         for name, file, killed in self.lives:
-            yield name, *struct.unpack("<qqq", file.read_bytes()), killed
+            yield name, *struct.unpack("<qqqq", file.read_bytes()), killed
 
 
 class Poster(threading.Thread):
@@ -209,11 +212,12 @@ class Kills:
         missing, doubled, once = [], [], 0
         made: list[tuple[str, int, set[int]]] = []
         for worker in self._workers:
-            for name, calls, duplicates, retries, killed in worker.numbers():
+            for name, calls, duplicates, retries, journaled, killed in worker.numbers():
                 # The last call of a killed one may have been taken without having returned.
                 made.append((name, calls, {calls} if killed else set()))
                 self.met["found done"] += duplicates
                 self.met["tries failed"] += retries
+                self.met["left in the journal"] += journaled
         for poster in self._posters:
             made.append((f"{poster.name}.0", poster.made, set() if poster.name == "identified" else poster.unanswered))
             self.met[f"{poster.name} repeats"] += poster.repeats
@@ -230,6 +234,10 @@ class Kills:
         self._say(f"{once} calls counted once, missing {len(missing)}, doubled {len(doubled)}; {dict(self.met)}")
         if missing or doubled:
             self._say(f"missing {missing[:20]}, doubled {doubled[:20]}\n{self._daemon.log}")
+            bad = {name.partition(".")[0] for name, _ in missing + doubled}
+            for worker in self._workers:
+                if worker.name in bad:
+                    self._say(worker.log.read_text())
         return not missing and not doubled and once > 0
 
 

@@ -1,11 +1,12 @@
 """A worker of the daemon: calls as digits until SIGTERM, and after each call, in shared memory, how many returned.
 
 Arguments: URL, name, file of the numbers, journal or "-". The numbers outlive a `kill -9`: calls made, batches found
-done, tries that failed.
+done, tries that failed, left in the journal at the end.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ CALLS_PER_THREAD = 31
 
 def main(url: str, name: str, numbers: str, journal: str) -> None:
     """Make calls until told to end."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level="INFO")
     told = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: told.set())
     with Path(numbers).open("r+b") as file:
@@ -37,7 +39,7 @@ def main(url: str, name: str, numbers: str, journal: str) -> None:
         pack_into("<qqq", shared, 0, made, flushes["duplicate"], flushes["retry"])
         told.wait(0.002)
     report = tracker.close()
-    pack_into("<qqq", shared, 0, made, flushes["duplicate"], flushes["retry"])
+    pack_into("<qqqq", shared, 0, made, flushes["duplicate"], flushes["retry"], report.journaled)
     say(name, made=made, lost=report.lost, journaled=report.journaled)
 
 
