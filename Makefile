@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test bench soak soak-journal soak-journal-recovery lint types fmt cov clean
+.PHONY: help demo test bench soak soak-journal soak-journal-recovery soak-daemon lint types fmt cov clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -32,6 +32,9 @@ soak-journal: .venv/installed  ## KILLS=1000 of a process with a journal, then: 
 
 soak-journal-recovery: .venv/installed  ## CALLS=5000000 left by a killed process: seconds and memory
 	$(BIN)/python -m tests.soak_recovery --calls $(or $(CALLS),5000000) $(ARGS)
+
+soak-daemon: .venv/installed  ## daemon, workers and server killed for SECONDS=60, then: calls missing, doubled
+	$(BIN)/python -m tests.daemon.kills --seconds $(or $(SECONDS),60) $(ARGS)
 
 cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m coverage erase

@@ -232,8 +232,10 @@ class _Api:
 
     async def close(self, request: Request) -> Response:
         producer = request.path_params["producer"]
-        last = wire.closed_at(request.query_params)
-        await self._service.relay.mark_closed(producer, request.path_params["lane"], last)
+        last, lane = wire.closed_at(request.query_params), request.path_params["lane"]
+        if lane >= 2**15:
+            raise wire.Malformed("the lane is out of range")
+        await self._service.relay.mark_closed(producer, lane, last)
         return Response(status_code=204)
 
     # -- operators ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -138,7 +139,7 @@ def bind_all(options: Options) -> list[socket.socket]:
 # -- the server ------------------------------------------------------------------------------------
 
 
-def _protocol(options: Options) -> type[H11Protocol]:
+def _protocol(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of small methods
     """Return uvicorn's protocol with bounds on connections and on the time for a request's head."""
 
     class Bounded(H11Protocol):
@@ -159,6 +160,11 @@ def _protocol(options: Options) -> type[H11Protocol]:
                 self._forget()
             elif self._late is None:
                 self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._late is None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self._watch()  # the beginning of the next head came with this request
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()
