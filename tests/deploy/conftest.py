@@ -14,6 +14,8 @@ from psycopg import sql
 
 from tests.deploy.tools import ROOT
 from tests.helpers import running, wait_until
+from tracker_daemon.daemon.health import ask
+from tracker_daemon.daemon.options import Listen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,10 +53,7 @@ def daemon(postgres: EmbeddedPostgres, template: str, server_folder: Path) -> It
 
         def ready() -> bool:
             assert program.process.poll() is None, "".join(program.errors)
-            try:
-                return client.get("/readyz").status_code == 200
-            except httpx.TransportError:
-                return False
+            return ask(Listen(path=found.socket), 10)[0]
 
         wait_until(ready, "the daemon is ready")
         calls = (

@@ -42,7 +42,7 @@ def test_units() -> None:
 
 def test_every_alert_is_tested_both_ways() -> None:
     """No alert without an instant at which it fires and one at which it does not; no recording without a value."""
-    fires, silent, valued = set(), set(), set()
+    fires, silent, valued = set[str](), set[str](), set[str]()
     for test in _read("rules_test.yml")["tests"]:
         for each in test.get("alert_rule_test", ()):
             (fires if each.get("exp_alerts") else silent).add(each["alertname"])

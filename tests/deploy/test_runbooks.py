@@ -95,7 +95,7 @@ def test_statements(daemon: Daemon) -> None:
     assert statements
     with psycopg.connect(daemon.database) as connection:
         for _, statement in statements:
-            connection.execute(statement)  # type: ignore[call-overload]
+            connection.execute(statement)
 
 
 @pytest.fixture
@@ -104,7 +104,9 @@ def path(tmp_path: Path) -> str:
     (tmp_path / "tracker-daemon").write_text(f'#!/bin/sh\nexec {sys.executable} -m tracker_daemon "$@"\n')
     (tmp_path / "tracker-daemon").chmod(0o755)
     for name in SHAMS:
-        (tmp_path / name).write_text(f'#!/bin/sh\ncase " $* " in *" tracker-daemon "*) echo {name} ;; *) exit 1 ;; esac\n')
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\ncase " $* " in *" tracker-daemon "*) echo {name} ;; *) exit 1 ;; esac\n'
+        )
         (tmp_path / name).chmod(0o755)
     return f"{tmp_path}:{os.environ['PATH']}"
 
