@@ -1,1 +1,1 @@
-"""Tests of the daemon."""
+"""Tests of what is in deploy/."""
