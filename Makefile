@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test bench soak soak-journal soak-journal-recovery soak-daemon lint types fmt cov clean
+.PHONY: help demo test bench soak soak-journal soak-journal-recovery soak-daemon lint types fmt cov dashboard clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,5 +51,8 @@ fmt: .venv/installed  ## put the code in format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+dashboard: .venv/installed  ## make the Grafana dashboard's JSON anew from its script
+	$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/dashboard.json
+
 clean:  ## remove what the targets made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist .coverage*
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist .coverage*
