@@ -942,12 +942,15 @@ HISTORIES: Final[dict[str, list[tuple[str, dict[str, Any]]]]] = {
         ("arrive", {}),
         ("flush_all", {"number": 0}),
     ],
-    "the ledger moves on, and the answer is lost": [
+    "the ledger moves on at the second try, whose answer is lost": [
         ("work", {**CALLS_AND, "script": [DONE] * 4}),
         ("work", {**CALLS_AND, "script": [DONE] * 4}),
         ("fail_over", {"commits": 1, "opens": False}),
         ("call", {"number": 0, "calls": CALL}),
         ("flush", {"number": 0, "script": [DONE], "opening": DONE}),
+        ("step", {"number": 0, "outcome": DONE}),
+        ("step", {"number": 0, "outcome": Outcome("fails")}),
+        *[("step", {"number": 0, "outcome": DONE})] * 2,
         ("step", {"number": 0, "outcome": Outcome("unanswered")}),
         ("flush_all", {"number": 0}),
     ],
