@@ -51,6 +51,7 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
     "other": STANDING,
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
+_TRIES_OF_GONE: Final = 3
 _LETTERS_TOLD: Final = 10
 # Ledger rows without a sign of life for a month are collected: far enough from it.
 _DAY: Final = 86_400.0
@@ -87,6 +88,7 @@ class Flusher:
         self._acknowledged: dict[UUID, Opened] = {}
         self._producer: UUID | None = None
         self._forgotten = False
+        self._in_hand: Window | None = None
         self._log = get_logger()
         self._rated = Rated(clock)
         self._random = Random()  # noqa: S311 - jitter
@@ -119,14 +121,14 @@ class Flusher:
                 if deltas is None:
                     await self._load_head()
                     continue
-                window = backlog.head_window
+                window = self._in_hand = backlog.head_window
                 if self._journal is not None and window is not None:
                     await self._make_durable(window)
                 last = self._numbers.last_success
                 # The old identity's ledger row may be collected soon.
                 name = backlog.name(renew=bool(last) and self._clock.wall() - last > _DAY)
                 self._producer = name[0]
-                applied = await self._apply(*name, deltas)
+                applied = await self._apply(*name, deltas, backlog.head_oldest_at)
                 window = backlog.settle(deltas, applied)
                 if self._journal is not None and window is not None:
                     self._journal.applied(window)
@@ -145,8 +147,13 @@ class Flusher:
             self._numbers.regressions += isinstance(error, LedgerRegressed)
             self._tell(error, "ledger_at_close", level="error", always=True)
 
-    async def _apply(self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...]) -> Applied:
-        """Apply one batch, however long it takes, and return what became of it."""
+    async def _apply(
+        self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...], taken_at: int = 0
+    ) -> Applied:
+        """Apply one batch, however long it takes, and return what became of it.
+
+        *taken_at*: when the oldest call of its window was taken, nanoseconds since 1970; 0: as its calls say.
+        """
         tries = regressed = 0
         started = self._clock.monotonic()
         while True:
@@ -174,7 +181,7 @@ class Flusher:
             else:
                 break
         self._hurried = False
-        self._record(applied, deltas, self._clock.monotonic() - started)
+        self._record(applied, deltas, self._clock.monotonic() - started, taken_at)
         if tries:
             self._say("info", "flush_recovered", tries=tries)
         return applied
@@ -231,20 +238,31 @@ class Flusher:
     # -- the journal -------------------------------------------------------------------------------
 
     async def _apply_again(self, producer: UUID, after: int, before: int) -> None:
-        """Apply what the journal has kept of *producer*'s batches after the first and before the second sequence."""
+        """Apply what the journal has of *producer*'s batches after the first and before the second sequence."""
         assert self._journal is not None
-        for window in self._journal.retained(producer):
+        windows, in_hand = self._journal.retained(producer), self._in_hand
+        if in_hand is not None and in_hand.producer == producer and in_hand not in windows:
+            windows.append(in_hand)  # its first batches may be among what the database forgot
+        for window in windows:
             if window.first < before and (window.last is None or window.last > after):
+                try:
+                    batches = await self._batches(window)
+                except (OSError, Damage) as error:
+                    # It is said what is missing when the ledger is moved on; a file that is gone holds nothing up.
+                    self._journal.errors["read"] += 1
+                    self._tell(error, "journal_unreadable", level="error", always=True)
+                    continue
                 calls = 0
-                for sequence, deltas in await self._batches(window):
+                for sequence, deltas in batches:
                     if after < sequence < before:
                         await self._apply(producer, sequence, deltas)
                         calls += sum(delta.calls for delta in deltas)
-                self._journal.replayed += calls
-                self._say("warning", "applied_again", first=window.first, calls=calls)
+                if calls:
+                    self._journal.replayed += calls
+                    self._say("warning", "applied_again", first=window.first, calls=calls)
 
     async def _repair_earlier_lives(self) -> None:
-        """The database forgot commits of this life: perhaps also some of those that this process had recovered."""
+        """Apply again what the database may have forgotten of earlier lives since they were recovered."""
         assert self._journal is not None
         for producer in self._journal.retained_producers:
             if producer != self._journal.producer:
@@ -257,6 +275,7 @@ class Flusher:
         journal = self._journal
         if journal is None or not journal.left:
             return
+        await self._in_thread(journal.sync_left)
         for life, error in journal.lives():
             try:
                 if life is None:
@@ -272,10 +291,15 @@ class Flusher:
                 )
                 self._tell(told, "journal_set_aside", level="error", always=True)
         self._numbers.fenced = False
-        self._backlog.recovering = False
+        # What the database forgets before this life is registered there, its own ledger cannot show.
+        self._forgotten = bool(journal.retained_producers)
+        self._backlog.end_recovery()
 
     async def _recover(self, journal: Journal, life: Life) -> None:
         producer = life.producer
+        if not life.windows:  # what was never on the disk needs no place in the ledger
+            journal.recovered_life(life)
+            return
         known = Opened(life.epoch, 0) if life.epoch else None
         if known is not None:
             self._acknowledged[producer] = known
@@ -287,20 +311,24 @@ class Flusher:
             position = self._positions.get(producer, position)
             if last is None or last > position.applied_sequence:
                 calls += await self._recover_window(window, position)
+            elif window.batches is None:
+                window.batches = last + 1 - window.first
             journal.recovered_window(window)
-        journal.recovered_life(producer)
+        journal.recovered_life(life)
         self._positions.pop(producer, None)
         if calls:
             self._say("info", "journal_applied", life=str(producer), calls=calls)
 
     async def _recover_window(self, window: Window, position: Opened) -> int:
         assert self._journal is not None
-        # On the disk before any of it is applied: a loss of power must not change how the rest is cut.
-        await self._in_thread(self._journal.sync_files, window.paths)
+        self._journal.check_synced(window.paths)
         generation = await self._read(window)
+        self._in_hand = window
         self._backlog.recover(generation)
         calls = generation.calls
-        for number, deltas in enumerate(generation.batches(window.max_batch_size)):
+        batches = list(generation.batches(window.max_batch_size))
+        window.batches = len(batches)
+        for number, deltas in enumerate(batches):
             sequence = window.first + number
             if sequence <= position.applied_sequence:
                 applied = Applied(rows=0, duplicate=True)
@@ -332,10 +360,14 @@ class Flusher:
                     generation = await self._read(window)
                     break
                 except (OSError, Damage) as error:
-                    # Written by this process: the disk is failing. Held, not guessed.
+                    # Written by this process: the disk is failing. Held, not guessed; but what was deleted is gone.
                     tries += 1
                     assert self._journal is not None
                     self._journal.errors["read"] += 1
+                    if isinstance(error, FileNotFoundError) and tries >= _TRIES_OF_GONE:
+                        self._tell(error, "journal_window_gone", level="error", always=True, calls=window.calls)
+                        self._backlog.lose_stored_head(window)
+                        return
                     await self._wait_after(error, tries)
             self._backlog.load(window, generation)
 
@@ -354,9 +386,17 @@ class Flusher:
     async def _make_durable(self, window: Window) -> None:
         """Bring a window to the disk where its cut into batches, or the setting, asks for it before its flush."""
         assert self._journal is not None
-        if self._journal.sync_interval == 0 or (window.batches or 2) > 1:
-            await self._in_thread(self._journal.sync)
-            self._journal.release_synced()
+        journal = self._journal
+        cut = (window.batches or 2) > 1
+        if journal.sync_interval == 0 or cut:
+            await self._in_thread(journal.sync)
+            if journal.trusts(window):
+                journal.release_synced()
+                return
+            self._backlog.rewrite_sealed()
+            if cut and not journal.trusts(window):
+                # Half of it gone with the power, it would be cut otherwise, and what is applied be applied again.
+                self._backlog.unstore_head()
 
     async def _in_thread(self, do: Callable[..., object], *arguments: object) -> None:
         import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it
@@ -365,12 +405,15 @@ class Flusher:
 
     # -- what is told ------------------------------------------------------------------------------
 
-    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float) -> None:
+    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float, taken_at: int) -> None:
         numbers, now = self._numbers, self._clock.wall()
+        # An instant that a client gave may be of any time: it tells nothing about when its call came.
+        oldest, taken = min(delta.first_at for delta in deltas) / 1e6, taken_at / 1e9
+        since = oldest if not taken or taken <= oldest <= now else taken
         numbers.flushes["duplicate" if applied.duplicate else "ok"] += 1
         numbers.flush_seconds.observe(seconds)
         numbers.flush_rows.observe(len(deltas))
-        numbers.commit_lag_seconds.observe(max(0.0, now - min(delta.first_at for delta in deltas) / 1e6))
+        numbers.commit_lag_seconds.observe(max(0.0, now - since))
         numbers.last_success = now
         numbers.last_error = None
         if applied.duplicate:

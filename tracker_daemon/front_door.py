@@ -205,11 +205,16 @@ class FrontDoor:
             raise QueueFull(bound, getattr(backlog, bound))
         return False
 
-    def take(self, records: Sequence[Record]) -> str | None:
-        """Take checked calls, with the instants in them, all or none; return `None`, or the bound that is reached."""
+    def take(self, records: Sequence[Record], taken_at: int = 0) -> str | None:
+        """Take checked calls, with the instants in them, all or none; return `None`, or the bound that is reached.
+
+        Args:
+            records: the calls.
+            taken_at: nanoseconds since 1970, where the instants in *records* may be others; else 0.
+        """
         if os.getpid() != self._pid:
             self._after_fork()
-        bound = self._backlog.enter_all(records)
+        bound = self._backlog.enter_all(records, taken_at)
         self._worker.wake()
         if bound is not None:
             for _ in records:

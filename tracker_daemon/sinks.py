@@ -87,7 +87,7 @@ def _token(file: str) -> Callable[[], str | None]:
     def read() -> str:
         # At every request: the token may be replaced while the server runs.
         try:
-            return Path(file).read_text(encoding="utf-8").strip()
+            return Path(file).read_text(encoding="ascii").strip().partition("\n")[0].strip()
         except (OSError, UnicodeDecodeError) as error:
             raise SinkFault("auth", f"the token's file cannot be read: {error}") from error
 

@@ -1,7 +1,8 @@
 """How much of the daemon one client may take, so that none starves the others.
 
 Rules:
-1. Bytes are admitted before they are read and given back when the request has its answer.
+1. Bytes are admitted as they come, and given back when the request has its answer: who announces much and sends
+   little takes little.
 2. One client has at most a quarter; who asks for more is told to come again (429), who finds all taken as well (503).
 """
 

@@ -16,6 +16,7 @@ import anyio
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from tracker_daemon.daemon.admission import Admission
     from tracker_daemon.daemon.service import Service
 
     Handler = Callable[[Request], Awaitable[Response]]
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
 PAGE: Final = Path(__file__).parent / "page"
 _POLICY: Final = "default-src 'self'; style-src 'self'; script-src 'self'; base-uri 'none'; frame-ancestors 'none'"
 _RETRY: Final = {"retry-after": "1"}
+_CLOSE: Final = {"connection": "close"}
 _WAIT: Final = 50.0
+_READERS: Final = 4
 
 
 class Answer(Exception):  # noqa: N818 - not an error: it ends a request early
@@ -103,13 +107,15 @@ class _Api:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._page = PAGE / "index.html"
+        # Few: what is read in threads takes the interpreter in turns, and each of them makes the others late.
+        self._readers = anyio.CapacityLimiter(_READERS)
 
     # -- the frame of a request --------------------------------------------------------------------
 
     def guarded(self, handler: Handler) -> Handler:
         """Return *handler* behind the token and the state of the service."""
 
-        async def run(request: Request) -> Response:
+        async def run(request: Request) -> Response:  # noqa: PLR0911 - one a kind of end
             try:
                 self._admit(request)
                 return await handler(request)
@@ -121,8 +127,11 @@ class _Api:
                 return JSONResponse({"error": "too much waits for the database already"}, 503, headers=_RETRY)
             except FlushTimeout as error:
                 return JSONResponse({"error": str(error)}, 503, headers=_RETRY)
+            except ClientDisconnect:
+                return Response(status_code=400)  # to nobody
             except TrackerError as error:
-                status = wire.STATUS.get(type(error), 500)
+                if (status := wire.STATUS.get(type(error))) is None:
+                    raise
                 headers = _RETRY if status == 503 else None
                 return JSONResponse(wire.error_json(error), status, headers=headers)
 
@@ -133,26 +142,22 @@ class _Api:
         if token is not None and not token.admits(request.headers.get("authorization", "")):
             raise Answer(401, {"error": "the bearer token is missing or wrong"}, {"www-authenticate": "Bearer"})
         if self._service.state == "draining":
-            raise Answer(503, {"error": "the daemon is shutting down"}, {**_RETRY, "connection": "close"})
+            raise Answer(503, {"error": "the daemon is shutting down"}, _RETRY | _CLOSE)
 
     @asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
         """Read the body, within its bounds, and account for it until it is dealt with."""
-        options, admission = self._service.options, self._service.admission
-        announced = request.headers.get("content-length", "")
-        client = _client(request)
-        size = int(announced) if announced.isdigit() and len(announced) < 16 else options.max_body
-        if announced and size > options.max_body:
-            raise Answer(413, {"error": f"the body has {size} bytes, more than {options.max_body}"})
-        if status := admission.admit(client, size):
-            mine = "this client has" if status == 429 else "there are"
-            raise Answer(status, {"error": f"{mine} too many requests under way"}, _RETRY)
+        share = _Share(self._service.admission, _client(request))
         try:
-            yield await self._read(request, options.max_body, options.read_timeout)
+            yield await self._read(request, share)
         finally:
-            admission.release(client, size)
+            share.release()
 
-    async def _read(self, request: Request, most: int, timeout: float) -> bytes:  # noqa: ASYNC109 - of each part
+    async def _read(self, request: Request, share: _Share) -> bytes:
+        most, timeout = self._service.options.max_body, self._service.options.read_timeout
+        announced = request.headers.get("content-length", "0")
+        if not announced.isdigit() or len(announced) > 15 or int(announced) > most:
+            raise Answer(413, {"error": f"the body has {announced[:80]} bytes, more than {most}"}, _CLOSE)
         body = bytearray()
         parts = request.stream().__aiter__()
         # The whole within a time that a slow but honest client meets; each part within its own.
@@ -160,14 +165,16 @@ class _Api:
             while True:
                 with anyio.move_on_after(timeout) as slow:
                     try:
-                        body += await parts.__anext__()
+                        part = await parts.__anext__()
                     except StopAsyncIteration:
                         return bytes(body)
                 if slow.cancelled_caught:
                     break
-                if len(body) > most:
-                    raise Answer(413, {"error": f"the body has more than {most} bytes"}, {"connection": "close"})
-        raise Answer(408, {"error": "the body did not come in time"}, {"connection": "close"})
+                if len(body) + len(part) > most:
+                    raise Answer(413, {"error": f"the body has more than {most} bytes"}, _CLOSE)
+                share.take(len(part))
+                body += part
+        raise Answer(408, {"error": "the body did not come in time"}, _CLOSE)
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -177,11 +184,11 @@ class _Api:
         if wait not in (None, "committed"):
             raise Answer(400, {"error": "wait must be committed"})
         async with self._body(request) as body:
+            now = time.time_ns()
             try:
                 records = await anyio.to_thread.run_sync(
-                    lambda: ingest.read_calls(
-                        body, now=time.time_ns(), max_line=options.max_line, max_calls=service.max_calls
-                    )
+                    lambda: ingest.read_calls(body, now=now, max_line=options.max_line, max_calls=service.max_calls),
+                    limiter=self._readers,
                 )
             except ingest.Refused as refused:
                 service.count_refused(len(refused.errors))
@@ -191,7 +198,11 @@ class _Api:
                 applied = await service.relay.apply(batch)
                 answer = {"accepted": len(records), "duplicate": applied.duplicate}
                 return JSONResponse(answer, 200 if wait else 202)
-            if records and (bound := service.tracker.take(records)) is not None:
+            # In a thread: it waits while the tracker's worker folds.
+            bound = None
+            if records:
+                bound = await anyio.to_thread.run_sync(service.tracker.take, records, now, limiter=self._readers)
+            if bound is not None:
                 status = 503 if bound == "closed" else 429
                 raise Answer(status, {"error": f"not accepted: {bound} is reached"}, _RETRY)
         if wait:
@@ -210,7 +221,7 @@ class _Api:
         if request.headers.get("content-type") != wire.BATCH_TYPE:
             raise Answer(415, {"error": f"the body must be {wire.BATCH_TYPE}"})
         async with self._body(request) as body:
-            batch = await anyio.to_thread.run_sync(wire.decode_batch, request.headers, body)
+            batch = await anyio.to_thread.run_sync(wire.decode_batch, request.headers, body, limiter=self._readers)
             if batch.epoch == 0:
                 raise wire.Malformed("Tracker-Epoch must be at least 1: open the producer first")
             applied = await self._service.relay.apply(batch)
@@ -247,8 +258,26 @@ class _Api:
         return FileResponse(self._page, headers={"cache-control": "no-cache"})
 
 
+class _Share:
+    """What one request has taken of its client's share."""
+
+    def __init__(self, admission: Admission, client: str) -> None:
+        self._admission, self._client, self._taken = admission, client, 0
+
+    def take(self, size: int) -> None:
+        if status := self._admission.admit(self._client, size):
+            whose = "this client has" if status == 429 else "there are"
+            raise Answer(status, {"error": f"{whose} too many requests under way"}, _RETRY | _CLOSE)
+        self._taken += size
+
+    def release(self) -> None:
+        self._admission.release(self._client, self._taken)
+
+
 def _client(request: Request) -> str:
-    """Name a client for its share: by its identity, its address, or, on a socket, all of one."""
+    """Name a client for its share: its process where a socket tells, the producer that it names, its address."""
+    if request.client and not request.client.port:
+        return request.client.host
     if name := request.headers.get("tracker-producer"):
         return name[:64]
     return request.client.host if request.client else "socket"

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 _LEAST = 16
 
 
+def first_line(data: bytes) -> bytes:
+    """Return the first line, without what surrounds it."""
+    return data.strip().partition(b"\n")[0].strip()
+
+
 class Token:
     """The token in a file; read again when the file's time or inode changes, or by `reload`.
 
@@ -30,12 +35,12 @@ class Token:
         """Read the file now."""
         try:
             status = self._path.stat()
-            value = self._path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            value = first_line(self._path.read_bytes())
+        except OSError as error:
             raise ConfigError("token_file", f"cannot be read: {error}", str(self._path)) from None
-        if len(value) < _LEAST:
-            raise ConfigError("token_file", f"must hold at least {_LEAST} characters", str(self._path))
-        self._value, self._seen = value.encode(), (status.st_mtime_ns, status.st_ino, status.st_size)
+        if len(value) < _LEAST or not value.isascii():
+            raise ConfigError("token_file", f"must hold at least {_LEAST} characters, of ASCII", str(self._path))
+        self._value, self._seen = value, (status.st_mtime_ns, status.st_ino, status.st_size)
 
     def admits(self, header: str) -> bool:
         """Say whether *header* carries the token; in constant time, whatever it carries."""

@@ -8,6 +8,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +19,7 @@ from tracker_daemon.errors import InvalidCall, shown
 from tracker_daemon.generation import Generation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from uuid import UUID
 
     from tracker_daemon.generation import Record
@@ -31,6 +32,7 @@ _FIELDS: Final = {
 _MOST_ERRORS: Final = 20
 # Year 1 to 9999 in what datetime can hold; Postgres holds more.
 _NANOSECONDS: Final = 1_000
+_EMPTY_LINES: Final = re.compile(rb"\s*\n")
 
 
 class Refused(Exception):  # noqa: N818 - says what is the case
@@ -55,15 +57,13 @@ def read_calls(body: bytes, *, now: int, max_line: int, max_calls: int) -> list[
     """
     records: list[Record] = []
     errors: list[dict[str, Any]] = []
-    for number, line in enumerate(body.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(body, max_line):
         if len(records) >= max_calls:
             errors.append({"line": number, "error": f"more than {max_calls} calls in one request"})
             break
         try:
             if len(line) > max_line:
-                raise _Wrong(f"the line has {len(line)} bytes, more than {max_line}")
+                raise _Wrong(f"the line has more than {max_line} bytes")
             records.append(_call(line, now))
         except (_Wrong, InvalidCall) as error:
             errors.append({"line": number, "error": str(error)})
@@ -74,6 +74,24 @@ def read_calls(body: bytes, *, now: int, max_line: int, max_calls: int) -> list[
     return records
 
 
+def _lines(body: bytes, max_line: int) -> Iterator[tuple[int, bytes]]:
+    """Yield each line that is not empty, with its number; of one that is too long as much as shows that it is.
+
+    One at a time, and empty ones at once: a body may be millions of them.
+    """
+    start, number = 0, 1
+    while start < len(body):
+        if blank := _EMPTY_LINES.match(body, start):
+            number += body.count(b"\n", start, blank.end())
+            start = blank.end()
+        end = body.find(b"\n", start)
+        end = len(body) if end < 0 else end
+        line = body[start : min(end, start + max_line + 1)]
+        if line.strip():
+            yield number, line
+        start, number = end + 1, number + 1
+
+
 class _Wrong(ValueError):  # noqa: N818 - says what is the case
     """A line is no call."""
 
@@ -82,8 +100,9 @@ def _call(line: bytes, now: int) -> Record:
     try:
         # Costs as the decimals that stand there; integers of any length would take quadratic time.
         value = json.loads(line, parse_float=Decimal, parse_int=_integer, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise _Wrong(f"not JSON: {error}") from None
+    except (ValueError, RecursionError, ArithmeticError) as error:
+        why = error if isinstance(error, ValueError) else "too deep, or with too large a number"
+        raise _Wrong(f"not JSON: {why}") from None
     if not isinstance(value, dict):
         raise _Wrong(f"must be a JSON object, got {shown(value)}")
     kind = value.pop("call", None)

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import stat
+import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -27,11 +28,15 @@ from tracker_daemon.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from tracker_daemon.daemon.options import Listen, Options
     from tracker_daemon.daemon.service import Service
 
 _HEAD: Final = 16 << 10
+_TOO_MANY: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+)
 _BACKLOG: Final = 2_048
 _KEEP_ALIVE: Final = 75
 _LAST_ANSWERS: Final = 2.0
@@ -101,6 +106,18 @@ def _remove_stale(address: Listen) -> None:
     raise ConfigError("listen", "is in use by another process", str(address))
 
 
+@contextlib.contextmanager
+def removed_at_end(path: Path) -> Iterator[None]:
+    """Remove the socket's file at the end, if it is the same still: another daemon may have put its own there."""
+    made = path.lstat()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(made, path.lstat()):
+                path.unlink()
+
+
 def bind_all(options: Options) -> list[socket.socket]:
     """Return a listening socket for each address, or none of them."""
     found: list[socket.socket] = []
@@ -125,7 +142,9 @@ def _protocol(options: Options) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.client = self.client or _peer(transport)
             if len(self.connections) > options.max_connections:
+                transport.write(_TOO_MANY)
                 transport.close()
                 return
             self._watch()
@@ -150,6 +169,16 @@ def _protocol(options: Options) -> type[H11Protocol]:
                 self._late = None
 
     return Bounded
+
+
+def _peer(transport: asyncio.Transport) -> tuple[str, int] | None:
+    """Name the process at the other end of a Unix socket, if it is of this machine and container."""
+    peer = transport.get_extra_info("socket")
+    option = getattr(socket, "SO_PEERCRED", None)
+    if peer is None or option is None or peer.family != socket.AF_UNIX:
+        return None
+    pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))[0]
+    return (f"process {pid}", 0) if pid else None
 
 
 class _Server(uvicorn.Server):
@@ -221,6 +250,8 @@ class Process:
             self._server.should_exit = True
             with anyio.move_on_after(_LAST_ANSWERS):
                 await self._served.wait()
+            # Else the driver asks a server that may be deaf to cancel what is under way, and waits for that.
+            self._service.hurry()
             tasks.cancel_scope.cancel()
         await self._service.relay.aclose()
         return status

@@ -19,10 +19,11 @@ from tracker_daemon.backlog import Books
 from tracker_daemon.collector import Reading
 from tracker_daemon.errors import SchemaError, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
+from tracker_daemon.logs import get_logger
 from tracker_daemon.sink import Applied, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
     from uuid import UUID
 
     from tracker_daemon.batch import Batch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from tracker_daemon.postgres.many import ManySink
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     batch: Batch
     since: float
@@ -62,6 +63,8 @@ class Relay:
         self._turn = anyio.Lock()
         self._applied: Counter[str] = Counter()
         self._dead: Counter[str] = Counter()
+        self._in_doubt: dict[tuple[UUID, int], tuple[int, int]] = {}
+        """Of each client, the batch whose transaction may have been committed although it failed here."""
         self._skipped = 0
         self.numbers = FlushNumbers()
         self.closed = self.folded = self.ended = False
@@ -88,7 +91,7 @@ class Relay:
         await waiting.done.wait()
         if isinstance(waiting.answer, Applied):
             return waiting.answer
-        raise waiting.answer or SinkFault("connection", "the daemon is shutting down")
+        raise waiting.answer or SinkFault("connection", _ENDING)
 
     async def open(self, producer: UUID, lane: int, known: Opened | None, after: int) -> Opened:
         """See `Sink.open`."""
@@ -154,8 +157,10 @@ class Relay:
         seen: set[tuple[UUID, int]] = set()
         size = 0
         for waiting in self._queue:
-            key = (waiting.batch.producer, waiting.batch.lane)
-            if taken and (size + len(waiting.batch.deltas) > self._max_batch_size or key in seen):
+            key = _key(waiting.batch)
+            if key in seen:
+                continue  # for the next transaction; whoever sends many at once holds nobody else up
+            if taken and size + len(waiting.batch.deltas) > self._max_batch_size:
                 break
             seen.add(key)
             size += len(waiting.batch.deltas)
@@ -164,30 +169,36 @@ class Relay:
 
     async def _flush(self, taken: list[_Waiting]) -> None:
         started = self._clock.monotonic()
-        answers: Iterable[Applied | TrackerError]
+        # What the senders hear when this is cancelled: they come again, and their ledgers know.
+        answers: Sequence[Applied | TrackerError] = [SinkFault("connection", _ENDING)] * len(taken)
         try:
             async with self._turn:
                 answers = await self._sink.apply_many([waiting.batch for waiting in taken])
-        except (SinkFault, SchemaError) as error:
-            self._failed(error)
-            answers = [error] * len(taken)
-        else:
             self._count(taken, answers, started)
+        except Exception as error:
+            # One request must not end all of them, whatever is wrong with it.
+            if not isinstance(error, SinkFault | SchemaError):
+                get_logger().error("relay_failed", error=repr(error), exc_info=error)
+                error = SinkFault("other", "the daemon failed; its log says why")
+            self._failed(error, taken)
+            answers = [error] * len(taken)
         finally:
-            for waiting in taken:
+            for waiting, answer in zip(taken, answers, strict=True):
                 self._queue.remove(waiting)
                 self._sizes -= len(waiting.batch.deltas)
-        for waiting, answer in zip(taken, answers, strict=True):
-            waiting.answer = answer
-            waiting.done.set()
+                waiting.answer = answer
+                waiting.done.set()
 
-    def _failed(self, error: SinkFault | SchemaError) -> None:
+    def _failed(self, error: SinkFault | SchemaError, taken: list[_Waiting]) -> None:
         numbers = self.numbers
+        if len(self._in_doubt) > _MOST_CLIENTS:
+            self._in_doubt.clear()
+        self._in_doubt.update({_key(waiting.batch): _identity(waiting.batch) for waiting in taken})
         numbers.errors["schema" if isinstance(error, SchemaError) else error.kind] += 1
         numbers.flushes["retry"] += 1
         numbers.last_error = error
 
-    def _count(self, taken: list[_Waiting], answers: Iterable[Applied | TrackerError], started: float) -> None:
+    def _count(self, taken: list[_Waiting], answers: Sequence[Applied | TrackerError], started: float) -> None:
         numbers, now = self.numbers, self._clock.monotonic()
         rows = 0
         for waiting, answer in zip(taken, answers, strict=True):
@@ -196,9 +207,11 @@ class Relay:
                 numbers.flushes["error"] += 1
                 numbers.last_error = answer
                 continue
+            in_doubt = self._in_doubt.pop(_key(waiting.batch), None)
             if answer.duplicate:
                 numbers.flushes["duplicate"] += 1
-                continue
+                if in_doubt != _identity(waiting.batch):
+                    continue  # counted when it was applied, here or by another daemon
             rows += len(waiting.batch.deltas)
             numbers.commit_lag_seconds.observe(now - waiting.since)
             dead = {letter.delta.thread_id: letter.reason for letter in answer.dead_letters}
@@ -221,14 +234,16 @@ class Relay:
 
     def collected(self) -> Reading:
         """Return the numbers of this instant: a client's calls count once they are in the database."""
-        accepted = Counter(self._applied)
+        # Each copied in one step: a scrape reads them in a thread of its own, while they grow.
+        applied, dead = dict(self._applied), dict(self._dead)
+        accepted = Counter(applied)
         # Which kind of call a dead letter's were is not kept; they are turns, for all that anybody asks.
-        accepted["record_turn"] += self._dead.total()
+        accepted["record_turn"] += sum(dead.values())
         return Reading(
             books=Books(
                 accepted=dict(accepted),
-                applied=dict(self._applied),
-                dead_lettered=dict(self._dead),
+                applied=applied,
+                dead_lettered=dead,
                 lost={},
                 queue_calls=0,
                 threads=0,
@@ -241,5 +256,14 @@ class Relay:
         )
 
 
+def _key(batch: Batch) -> tuple[UUID, int]:
+    return batch.producer, batch.lane
+
+
+def _identity(batch: Batch) -> tuple[int, int]:
+    return batch.epoch, batch.sequence
+
+
+_ENDING = "the daemon is shutting down"
 _MOST_CLIENTS = 10_000
 _CLIENT_IS_GONE = 300.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from prometheus_client.registry import CollectorRegistry
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.bearer import Token
 from tracker_daemon.daemon.options import Options, group_id
-from tracker_daemon.daemon.process import Process, bind_all
+from tracker_daemon.daemon.process import Process, bind_all, removed_at_end
 from tracker_daemon.daemon.relay import Relay
 from tracker_daemon.daemon.service import Service
 from tracker_daemon.embedded import EmbeddedPostgres
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # What the status page does not show: what holds secrets, or would be no use there.
 _HIDDEN: Final = frozenset({"database"})
+_OTHER_FILES: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,19 @@ def run(plan: Plan) -> int:
         sockets = bind_all(options)
         for address in plan.listen:
             if address.path is not None:
-                stack.callback(address.path.unlink, missing_ok=True)
+                stack.enter_context(removed_at_end(address.path))
+        _allow_files(plan.max_connections)
         return anyio.run(_serve, plan, options, database, sockets)
+
+
+def _allow_files(connections: int) -> None:
+    """Raise the soft limit on open files as far as the connections need it and the hard one lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _migrate(database: str, table: tuple[str | None, str]) -> None:

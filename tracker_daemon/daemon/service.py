@@ -139,9 +139,16 @@ class Service:
 
     async def drain(self, timeout: float) -> DrainReport:  # noqa: ASYNC109 - handed on
         """Bring everything accepted to the database, for at most *timeout* seconds."""
+        report = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._drain_relay, timeout)
+            report = await self.tracker.aclose(timeout)
+        assert report is not None
+        return report
+
+    async def _drain_relay(self, timeout: float) -> None:  # noqa: ASYNC109 - of the drain
         with anyio.move_on_after(timeout):
             await self.relay.drain()
-        return await self.tracker.aclose(timeout)
 
     def hurry(self) -> None:
         """Cut the drain short."""

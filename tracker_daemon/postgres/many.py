@@ -10,7 +10,8 @@ Rules:
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from tracker_daemon.batch import Batch
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 class ManySink(PostgresSink):
     """A `PostgresSink` for batches of many producers."""
 
-    _registered: frozenset[tuple[UUID, int]] = frozenset()
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._registered: dict[tuple[UUID, int], float] = {}
+        """When each client without lives was seen last; one that was not for a day may have been collected."""
 
     async def apply_many(self, batches: Sequence[Batch]) -> list[Applied | TrackerError]:
         """Apply *batches*, at most one of each (producer, lane); return for each what became of it.
@@ -87,20 +91,24 @@ class ManySink(PostgresSink):
             return error
 
     async def _register(self, batches: Sequence[Batch]) -> None:
-        new = [batch for batch in batches if batch.epoch == 0 and (batch.producer, batch.lane) not in self._registered]
+        now, seen = monotonic(), self._registered
+        clients = [(batch.producer, batch.lane) for batch in batches if batch.epoch == 0]
+        new = [client for client in clients if client not in seen or now - seen[client] >= _DAY]
         if not new:
+            seen.update(dict.fromkeys(clients, now))
             return
         session = await self._connected()
         try:
             with session.deadline(self._timeout):
                 await session.connection.execute(
                     session.statements["register"],
-                    {"producers": [batch.producer for batch in new], "lanes": [batch.lane for batch in new]},
+                    {"producers": [producer for producer, _ in new], "lanes": [lane for _, lane in new]},
                 )
         except Exception as error:
             raise await self._failed(session, error, "registering clients") from error
-        known = self._registered if len(self._registered) < _KNOWN else frozenset()
-        self._registered = known | {(batch.producer, batch.lane) for batch in new}
+        if len(seen) > _KNOWN:
+            seen.clear()
+        seen.update(dict.fromkeys(clients, now))
 
     async def _together(self, batches: list[Batch]) -> set[tuple[UUID, int]] | None:
         """Try one transaction; return whose ledger moved: of all, or nothing was written. `None`: bad data."""
@@ -111,11 +119,18 @@ class ManySink(PostgresSink):
                 return await self._transaction(session, batches, deltas)
         except Exception as error:
             kind = faults.kind_of(error)
-            if (kind == "data" or kind in faults.IN_DOUBT) and not session.connection.broken:
-                with session.deadline(self._timeout):
-                    await session.connection.rollback()
+            if (kind == "data" or kind in faults.IN_DOUBT) and await self._rolled_back(session):
                 return None
             raise await self._failed(session, error, f"flushing {len(batches)} batches") from error
+
+    async def _rolled_back(self, session: Session) -> bool:
+        if not session.connection.broken:
+            with (
+                suppress(Exception),
+                session.deadline(self._timeout),
+            ):  # the connection is lost: the first error says it
+                await session.connection.rollback()
+        return not session.connection.broken
 
     async def _transaction(
         self, session: Session, batches: list[Batch], deltas: list[ThreadDelta]
@@ -141,6 +156,7 @@ class ManySink(PostgresSink):
 
 
 _KNOWN = 100_000
+_DAY = 86_400.0
 _PROBE = 5.0
 _NOBODY = UUID(int=0)
 
