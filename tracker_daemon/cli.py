@@ -156,6 +156,12 @@ def _table(context: click.Context, parameter: click.Parameter, value: str) -> tu
         raise click.BadParameter(error.fault, context, parameter) from None
 
 
+def _daemon(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and value.partition(":")[0] not in ("unix", "http", "https"):
+        raise click.BadParameter("must be unix:PATH, http://HOST:PORT or https://HOST:PORT", context, parameter)
+    return value
+
+
 @contextmanager
 def _one_line() -> Iterator[None]:
     """Turn what is the user's or the database's affair into one line and exit status 1."""
@@ -180,16 +186,20 @@ def _one_line() -> Iterator[None]:
 @setting("--seconds", type=click.FloatRange(0.1, 3_600), default=10.0, help="How long the traffic lasts.")
 @setting("--rate", type=click.FloatRange(0, 100_000, min_open=True), default=20_000.0, help="Calls a second.")
 @setting("--threads", type=click.IntRange(1, 1_000_000), default=5_000, help="Distinct conversations.")
-def demo(seconds: float, rate: float, threads: int) -> None:
+@setting("--daemon", callback=_daemon, metavar="URL", help="Only traffic, against unix:PATH or http://HOST:PORT.")
+def demo(seconds: float, rate: float, threads: int, daemon: str | None) -> None:
     """Drive live chat traffic on a Postgres of its own, then give a verdict on every row.
 
-    Exits with 0 only if every row is exact and no call was refused or lost. Ctrl-C ends the traffic early.
+    Exits with 0 only if every row is exact and no call was refused or lost. Ctrl-C ends the traffic early. With
+    --daemon there is only traffic, against a daemon that runs already: 0 if it has brought every call to the database.
     """
     with _one_line():
-        try:
-            from tracker_daemon.demo.run import run  # noqa: PLC0415 - rule 4
-        except ModuleNotFoundError:
-            raise click.ClickException("the demo is not installed: pip install 'tracker-daemon[embedded]'") from None
+        if daemon is not None:
+            from tracker_daemon.demo.drive import drive  # noqa: PLC0415 - rule 4
+
+            sys.exit(drive(daemon, seconds=seconds, rate=rate, threads=threads))
+        from tracker_daemon.demo.run import run  # noqa: PLC0415 - rule 4
+
         status = run(seconds=seconds, rate=rate, threads=threads)
     sys.exit(status)
 
