@@ -146,7 +146,7 @@ def test_no_right_to_make_tables(empty_database: str) -> None:
 def test_socket_in_no_directory() -> None:
     """A socket's directory that cannot be made is the setting's fault, named."""
     result = run("serve", "--database", "postgresql:///chat", "--listen", "unix:/proc/none/tracker.sock")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "listen cannot be had: the directory /proc/none cannot be made" in result.stderr
 
 

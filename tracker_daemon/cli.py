@@ -162,17 +162,25 @@ def _daemon(context: click.Context, parameter: click.Parameter, value: str | Non
     return value
 
 
+class _WrongSetting(click.ClickException):
+    """Starting again would not help; a status of 1 from `serve` says that calls were lost."""
+
+    exit_code = 2
+
+
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn what is the user's or the database's affair into one line and exit status 1."""
+    """Turn what is the user's or the database's affair into one line and exit status 1; a wrong setting, 2."""
     try:
         import psycopg  # noqa: PLC0415 - rule 4
     except ImportError:
         raise click.ClickException("libpq is not installed: pip install 'tracker-daemon[daemon]'") from None
-    from tracker_daemon.errors import TrackerError  # noqa: PLC0415 - rule 4
+    from tracker_daemon.errors import ConfigError, TrackerError  # noqa: PLC0415 - rule 4
 
     try:
         yield
+    except ConfigError as error:
+        raise _WrongSetting(str(error)) from None
     except (psycopg.Error, TrackerError, OSError) as error:
         # Of what the server refused its own words, without the place in a statement that nobody typed.
         text = (isinstance(error, psycopg.Error) and error.diag.message_primary) or str(error)

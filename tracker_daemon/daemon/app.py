@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from tracker_daemon.batch import Batch
     from tracker_daemon.daemon.admission import Admission
     from tracker_daemon.daemon.service import Service
+    from tracker_daemon.generation import Record
 
     Handler = Callable[[Request], Awaitable[Response]]
 
@@ -194,7 +196,7 @@ class _Api:
                 service.count_refused(len(refused.errors))
                 raise Answer(400, {"errors": refused.errors}) from None
             if "tracker-producer" in request.headers or "tracker-sequence" in request.headers:
-                batch = ingest.batch_of(wire.producer(request.headers), wire.sequence(request.headers), records)
+                batch = self._batch(request, records)
                 applied = await service.relay.apply(batch)
                 answer = {"accepted": len(records), "duplicate": applied.duplicate}
                 return JSONResponse(answer, 200 if wait else 202)
@@ -211,6 +213,13 @@ class _Api:
             except FlushTimeout:
                 wait = None  # the calls are taken: an answer that asks for them again would count them twice
         return JSONResponse({"accepted": len(records)}, 200 if wait else 202)
+
+    def _batch(self, request: Request, records: list[Record]) -> Batch:
+        producer, sequence = wire.producer(request.headers), wire.sequence(request.headers)
+        try:
+            return ingest.batch_of(producer, sequence, records, create_missing=self._service.tracker.create_missing)
+        except ingest.Refused as refused:
+            raise Answer(400, {"errors": refused.errors}) from None
 
     # -- trackers ----------------------------------------------------------------------------------
 
