@@ -205,8 +205,8 @@ class KillSoak:
         self.in_doubt = 0
         """Calls accepted and not noted that are there."""
         self.seconds = 0.0
+        self._url = ""
         self._deck: list[str] = []
-        self._unknown: list[tuple[UUID, int]] = []
         self._pause = Event()
 
     def run(self) -> bool:
@@ -215,6 +215,7 @@ class KillSoak:
         errors = self.folder / "errors.log"
         with EmbeddedPostgres(self.folder / "pg", settings={"fsync": "off", "max_connections": "50"}) as server:
             run_migrate(server.conninfo)
+            self._url = server.conninfo
             with closing(Victims(errors)) as victims:
                 for number in range(self.kills):
                     self._life(server, victims, f"{number}", self._next_kind())
@@ -237,14 +238,14 @@ class KillSoak:
         return self._deck.pop()
 
     def _life(self, server: EmbeddedPostgres, victims: Victims, name: str, kind: str) -> None:
-        chance, url = self.random, server.conninfo
+        chance = self.random
         if not server.running:
             kind = "server away"  # still
         elif kind == "server away":
             server.stop("immediate")
         with closing(Notes(self.folder / "notes")) as notes:
             pid = victims.begin(
-                url=url,
+                url=self._url,
                 journal=str(self.journal),
                 name=name,
                 notes=str(notes.path),
