@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from psycopg_pool import ConnectionPool
 
-from tracker_daemon import MemorySink, Tracker, TrackerError
+from tracker_daemon import MemorySink, Tracker, TrackerError, sinks
 from tracker_daemon.errors import ConfigError
 from tracker_daemon.settings import split_table
 
@@ -103,6 +104,16 @@ def test_wrong_sink(sink: Any) -> None:
     """What names no sink is refused."""
     with pytest.raises(TrackerError, match="sink"):
         Tracker(sink)
+
+
+def test_a_sink_whose_extra_is_missing(monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry) -> None:
+    """The message says what to install; it comes when the tracker is made."""
+    monkeypatch.setattr(sinks, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'tracker-daemon\[embedded\]'"):
+        Tracker("embedded:somewhere", registry=registry)
+    monkeypatch.setitem(sys.modules, "tracker_daemon.postgres.connection", None)
+    with pytest.raises(ConfigError, match=r"pip install 'psycopg\[binary\]'"):
+        Tracker("postgresql:///chat", registry=registry)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from uuid import UUID, uuid4
 
 from tracker_daemon.call_queue import CallQueue
 from tracker_daemon.generation import KINDS, Generation, Record, summed
+from tracker_daemon.journal.windows import Damage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
 
-LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed")
+LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed", "journal_gone")
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
@@ -132,13 +133,12 @@ class Backlog:
         """Calls taken off the queue, ever."""
         self.settled = 0
         """Every call up to this many, in order of acceptance, is settled."""
-        self.recovering = journal is not None and bool(journal.left)
-        """Whether an earlier life's calls are still to be applied."""
         self._window = Generation(create_missing=create_missing)
         self._sealed: deque[_Sealed] = deque()
         self._resident: tuple[Generation, ...] = ()
-        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound.
-        self._most_in_window = max(1, max_pending // 2 - max_queue_size)
+        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound. Where
+        # the queue alone may pass it, not less than a quarter: each window is a file.
+        self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
         self._threads = 0
         self._recovered = 0
@@ -267,6 +267,16 @@ class Backlog:
         return len(self._window)
 
     @property
+    def recovering(self) -> bool:
+        """Whether an earlier life's calls are still to be applied."""
+        return self._journal is not None and self._journal.recovering
+
+    def end_recovery(self) -> None:
+        """What earlier lives left is applied, or stays where it is."""
+        if self._journal is not None:
+            self._journal.recovering = False
+
+    @property
     def in_flight(self) -> bool:
         """Whether a sealed window is not settled yet."""
         return bool(self._sealed)
@@ -283,8 +293,13 @@ class Backlog:
             return self.folded + len(self.queue.waiting())
 
     def seal(self) -> None:
-        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or is in no file."""
+        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or is in no file.
+
+        An empty one is left open: there would be no batch whose end unseals it.
+        """
         journal = self._journal
+        if not (self._window.deltas or (journal is not None and self.queue)):
+            return
         following = None if journal is None else journal.queue.prepare_cut()
         with self.lock:
             if journal is not None and following is not None:
@@ -313,12 +328,15 @@ class Backlog:
         number = journal.next_number()
         following = journal.queue.prepare_within()
         with self.lock:
-            journal.queue.cut_within(following)
+            # No room: what is there is better than memory.
+            if following.path is None or not journal.queue.cut_within(following):
+                journal.drop([following])
+                return
             while self._drain(sys.maxsize, sys.maxsize):
                 pass
             before = journal.queue.take_read()
             anew = None
-            if before and following.path is not None:
+            if before:
                 header = before[0].header
                 anew = journal.write_anew(self._window, header, number, journal.next_first, sealed=False)
             journal.queue.put_back(before if anew is None else [anew])
@@ -332,21 +350,27 @@ class Backlog:
         for sealed in list(self._sealed):
             window = sealed.stored
             bad = [segment for segment in journal.untrusted if window is not None and segment.path in window.paths]
-            if window is None or not bad:
+            if window is None or not bad or not journal.may_try:
                 continue
             generation = sealed.generation
             if generation is None:
-                generation = window.load()
-            first = window.first + sealed.settled
+                try:
+                    generation = window.load()
+                except (Damage, OSError) as error:  # held, not guessed: it is read again when its turn comes
+                    journal.fail("read", error)
+                    continue
+            first = sealed.first + sealed.settled
             anew = journal.write_anew(generation, bad[0].header, journal.next_number(), first, sealed=True)
-            if anew is not None and anew.path is not None:
-                journal.drop(journal.unsynced_of(window))
-                window.first, window.batches, window.paths = (
-                    first,
-                    len(list(generation.batches(self.max_batch_size))),
-                    [anew.path],
-                )
-                anew.close()
+            if anew is not None:
+                journal.replace(window, anew, sum(1 for _ in generation.batches(self.max_batch_size)))
+
+    def unstore_head(self) -> None:
+        """Let the oldest sealed window, which is in memory, go on there alone: its files are not to be trusted."""
+        sealed, journal = self._sealed[0], self._journal
+        assert journal is not None
+        assert sealed.stored is not None
+        journal.forget(sealed.stored)
+        sealed.stored = None
 
     def head(self) -> tuple[ThreadDelta, ...] | None:
         """Return the oldest sealed batch; it stays until `settle`. `None`: there is none, or it must be `load`ed."""
@@ -374,6 +398,15 @@ class Backlog:
                 sealed = self._sealed[0]
                 sealed.generation = generation
                 sealed.batches = deque(generation.batches(self.max_batch_size))
+                self._recount()
+
+    def lose_stored_head(self, window: Window) -> None:
+        """Give up a stored window whose files are gone: count it as lost."""
+        with self.lock:
+            if self.stored_head is window:
+                sealed = self._sealed.popleft()
+                self._totals.lost["journal_gone"] += sealed.calls
+                self.settled = sealed.sealed_at
                 self._recount()
 
     @property
@@ -460,7 +493,7 @@ class Backlog:
             else:
                 lost += self._window.calls
             self.set_aside()
-            self.recovering = False
+            self.end_recovery()
             if lost:
                 self._totals.lost[reason] += lost
             self._window = Generation(create_missing=self.create_missing)

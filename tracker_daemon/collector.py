@@ -154,6 +154,7 @@ class _Sum:
     histograms: dict[str, tuple[Sequence[float], list[int], float]] = field(default_factory=dict)
     journals: int = 0
     journal_bytes: int = 0
+    journal_quota: int = 0
     journal_degraded: bool = False
     journal_errors: Counter[str] = field(default_factory=Counter)
     recovered: int = 0
@@ -189,6 +190,7 @@ class _Sum:
         self._add_histogram("fsync_seconds", journal.fsync_seconds)
         if alive:
             self.journal_bytes += journal.bytes
+            self.journal_quota += journal.quota
             self.journal_degraded = self.journal_degraded or journal.degraded
 
     def reading(self) -> Reading:
@@ -345,6 +347,7 @@ def _families(total: _Sum) -> Iterator[Metric]:
 
 def _journal_families(total: _Sum) -> Iterator[Metric]:
     yield _gauge("journal_bytes", "Bytes that the journal's files take.", total.journal_bytes)
+    yield _gauge("journal_quota_bytes", "Bytes that the journal's files may take (journal_quota).", total.journal_quota)
     yield _gauge("journal_degraded", "1 while calls are held in memory alone.", int(total.journal_degraded))
     yield _counter("journal_errors", "Errors of the journal by operation.", "op", OPERATIONS, total.journal_errors)
     yield _histogram("journal_fsync_duration_seconds", "One fsync of the journal.", total, "fsync_seconds")

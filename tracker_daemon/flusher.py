@@ -51,6 +51,7 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
     "other": STANDING,
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
+_TRIES_OF_GONE: Final = 3
 _LETTERS_TOLD: Final = 10
 # Ledger rows without a sign of life for a month are collected: far enough from it.
 _DAY: Final = 86_400.0
@@ -85,8 +86,10 @@ class Flusher:
         self._on_error, self._journal = on_error, journal
         self._positions: dict[UUID, Opened] = {}
         self._acknowledged: dict[UUID, Opened] = {}
+        self._missing: tuple[UUID, int, int] | None = None
         self._producer: UUID | None = None
         self._forgotten = False
+        self._in_hand: Window | None = None
         self._log = get_logger()
         self._rated = Rated(clock)
         self._random = Random()  # noqa: S311 - jitter
@@ -119,7 +122,7 @@ class Flusher:
                 if deltas is None:
                     await self._load_head()
                     continue
-                window = backlog.head_window
+                window = self._in_hand = backlog.head_window
                 if self._journal is not None and window is not None:
                     await self._make_durable(window)
                 last = self._numbers.last_success
@@ -199,25 +202,25 @@ class Flusher:
     async def _reach(self, producer: UUID, sequence: int) -> Opened:
         """Return where the ledger stands: right before *sequence*, or at or after it if that is applied already."""
         position = self._positions.get(producer)
-        if position is None:
+        if position is None or position.applied_sequence < sequence - 1:
+            # What was given up in doubt may be there: asked, not guessed.
             position = await self._open(producer)
         if position.applied_sequence < sequence - 1 and self._journal is not None:
             await self._apply_again(producer, position.applied_sequence, sequence)
             position = self._positions.get(producer) or await self._open(producer)
         if position.applied_sequence < sequence - 1:
-            missing = sequence - 1 - position.applied_sequence
-            known = self._acknowledged.get(producer)
-            self._say(
-                "error",
-                "batches_missing",
-                first=position.applied_sequence + 1,
-                last=sequence - 1,
-                batches=missing,
-                forgotten=known is not None and known.applied_sequence > position.applied_sequence,
-            )
+            self._tell_missing(producer, position.applied_sequence + 1, sequence - 1)
             position = await self._sink.open(producer, self.lane, known=position, after=sequence - 1)
             self._positions[producer] = position
         return position
+
+    def _tell_missing(self, producer: UUID, first: int, last: int) -> None:
+        """Say what the ledger lacks, once, however often moving it on is tried."""
+        if self._missing != (producer, first, last):
+            self._missing = (producer, first, last)
+            known = self._acknowledged.get(producer)
+            forgotten = known is not None and known.applied_sequence >= first
+            self._say("error", "batches_missing", first=first, last=last, batches=last - first + 1, forgotten=forgotten)
 
     async def _open(self, producer: UUID, known: Opened | None = None) -> Opened:
         position = await self._sink.open(producer, self.lane, known=self._acknowledged.get(producer, known))
@@ -236,20 +239,31 @@ class Flusher:
     # -- the journal -------------------------------------------------------------------------------
 
     async def _apply_again(self, producer: UUID, after: int, before: int) -> None:
-        """Apply what the journal has kept of *producer*'s batches after the first and before the second sequence."""
+        """Apply what the journal has of *producer*'s batches after the first and before the second sequence."""
         assert self._journal is not None
-        for window in self._journal.retained(producer):
+        windows, in_hand = self._journal.retained(producer), self._in_hand
+        if in_hand is not None and in_hand.producer == producer and in_hand not in windows:
+            windows.append(in_hand)  # its first batches may be among what the database forgot
+        for window in windows:
             if window.first < before and (window.last is None or window.last > after):
+                try:
+                    batches = await self._batches(window)
+                except (OSError, Damage) as error:
+                    # It is said what is missing when the ledger is moved on; a file that is gone holds nothing up.
+                    self._journal.errors["read"] += 1
+                    self._tell(error, "journal_unreadable", level="error", always=True)
+                    continue
                 calls = 0
-                for sequence, deltas in await self._batches(window):
+                for sequence, deltas in batches:
                     if after < sequence < before:
                         await self._apply(producer, sequence, deltas)
                         calls += sum(delta.calls for delta in deltas)
-                self._journal.replayed += calls
-                self._say("warning", "applied_again", first=window.first, calls=calls)
+                if calls:
+                    self._journal.replayed += calls
+                    self._say("warning", "applied_again", first=window.first, calls=calls)
 
     async def _repair_earlier_lives(self) -> None:
-        """The database forgot commits of this life: perhaps also some of those that this process had recovered."""
+        """Apply again what the database may have forgotten of earlier lives since they were recovered."""
         assert self._journal is not None
         for producer in self._journal.retained_producers:
             if producer != self._journal.producer:
@@ -260,8 +274,9 @@ class Flusher:
     async def recover(self) -> None:
         """Apply what earlier processes left, each life under its own identity; return when that is done."""
         journal = self._journal
-        if journal is None:
+        if journal is None or not journal.left:
             return
+        await self._in_thread(journal.sync_left)
         for life, error in journal.lives():
             try:
                 if life is None:
@@ -277,10 +292,15 @@ class Flusher:
                 )
                 self._tell(told, "journal_set_aside", level="error", always=True)
         self._numbers.fenced = False
-        self._backlog.recovering = False
+        # What the database forgets before this life is registered there, its own ledger cannot show.
+        self._forgotten = bool(journal.retained_producers)
+        self._backlog.end_recovery()
 
     async def _recover(self, journal: Journal, life: Life) -> None:
         producer = life.producer
+        if not life.windows:  # what was never on the disk needs no place in the ledger
+            journal.recovered_life(life)
+            return
         known = Opened(life.epoch, 0) if life.epoch else None
         if known is not None:
             self._acknowledged[producer] = known
@@ -292,20 +312,24 @@ class Flusher:
             position = self._positions.get(producer, position)
             if last is None or last > position.applied_sequence:
                 calls += await self._recover_window(window, position)
+            elif window.batches is None:
+                window.batches = last + 1 - window.first
             journal.recovered_window(window)
-        journal.recovered_life(producer)
+        journal.recovered_life(life)
         self._positions.pop(producer, None)
         if calls:
             self._say("info", "journal_applied", life=str(producer), calls=calls)
 
     async def _recover_window(self, window: Window, position: Opened) -> int:
         assert self._journal is not None
-        # On the disk before any of it is applied: a loss of power must not change how the rest is cut.
-        await self._in_thread(self._journal.sync_files, window.paths)
+        self._journal.check_synced(window.paths)
         generation = await self._read(window)
+        self._in_hand = window
         self._backlog.recover(generation)
         calls = generation.calls
-        for number, deltas in enumerate(generation.batches(window.max_batch_size)):
+        batches = list(generation.batches(window.max_batch_size))
+        window.batches = len(batches)
+        for number, deltas in enumerate(batches):
             sequence = window.first + number
             if sequence <= position.applied_sequence:
                 applied = Applied(rows=0, duplicate=True)
@@ -337,10 +361,14 @@ class Flusher:
                     generation = await self._read(window)
                     break
                 except (OSError, Damage) as error:
-                    # Written by this process: the disk is failing. Held, not guessed.
+                    # Written by this process: the disk is failing. Held, not guessed; but what was deleted is gone.
                     tries += 1
                     assert self._journal is not None
                     self._journal.errors["read"] += 1
+                    if isinstance(error, FileNotFoundError) and tries >= _TRIES_OF_GONE:
+                        self._tell(error, "journal_window_gone", level="error", always=True, calls=window.calls)
+                        self._backlog.lose_stored_head(window)
+                        return
                     await self._wait_after(error, tries)
             self._backlog.load(window, generation)
 
@@ -359,9 +387,17 @@ class Flusher:
     async def _make_durable(self, window: Window) -> None:
         """Bring a window to the disk where its cut into batches, or the setting, asks for it before its flush."""
         assert self._journal is not None
-        if self._journal.sync_interval == 0 or (window.batches or 2) > 1:
-            await self._in_thread(self._journal.sync)
-            self._journal.release_synced()
+        journal = self._journal
+        cut = (window.batches or 2) > 1
+        if journal.sync_interval == 0 or cut:
+            await self._in_thread(journal.sync)
+            if journal.trusts(window):
+                journal.release_synced()
+                return
+            self._backlog.rewrite_sealed()
+            if cut and not journal.trusts(window):
+                # Half of it gone with the power, it would be cut otherwise, and what is applied be applied again.
+                self._backlog.unstore_head()
 
     async def _in_thread(self, do: Callable[..., object], *arguments: object) -> None:
         import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it

@@ -81,9 +81,12 @@ def decode_batch(headers: Mapping[str, str], body: bytes) -> Batch:
         if payload is None or not isinstance(item, Sum):
             raise Malformed(f"byte {offset} of the body: no delta")
         delta = item.delta
-        if delta.thread_id in deltas:
+        if item.more and delta.thread_id in deltas:
+            deltas[delta.thread_id].use(delta.agents)
+        elif delta.thread_id in deltas or item.more:
             raise Malformed(f"byte {offset} of the body: the thread stands in the batch twice")
-        deltas[delta.thread_id] = delta
+        else:
+            deltas[delta.thread_id] = delta
         offset += FRAME.size + len(payload)
     lane, epoch, sequence = identity
     return Batch(producer(headers), lane, epoch, sequence, tuple(deltas.values()))

@@ -206,7 +206,10 @@ class _Api:
                 status = 503 if bound == "closed" else 429
                 raise Answer(status, {"error": f"not accepted: {bound} is reached"}, _RETRY)
         if wait:
-            await service.tracker.aflush(_WAIT)
+            try:
+                await service.tracker.aflush(_WAIT)
+            except FlushTimeout:
+                wait = None  # the calls are taken: an answer that asks for them again would count them twice
         return JSONResponse({"accepted": len(records)}, 200 if wait else 202)
 
     # -- trackers ----------------------------------------------------------------------------------

@@ -88,7 +88,11 @@ def _remove_stale(address: Listen) -> None:
     try:
         status = path.lstat()
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fault = f"cannot be had: the directory {path.parent} cannot be made: {error.strerror}"
+            raise ConfigError("listen", fault, str(address)) from None
         return
     except OSError as error:
         raise ConfigError("listen", f"cannot be had: {error.strerror}", str(address)) from None

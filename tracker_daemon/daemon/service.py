@@ -125,7 +125,10 @@ class Service:
                 if fault != told:
                     self.note(error)
             if fault != told or (fault is None and self._fault is not None):
-                get_logger().log(_INFO if fault is None else _WARNING, "readiness", ready=fault is None, reason=fault)
+                if fault is None:
+                    get_logger().info("ready")
+                else:
+                    get_logger().warning("not_ready", reason=fault)
             self._fault = told = fault
             if fault is None:
                 self.became_ready.set()
@@ -202,6 +205,3 @@ class Service:
         return Journal(
             directory=str(journal.directory), bytes=journal.bytes, segments=journal.files, degraded=journal.degraded
         )
-
-
-_INFO, _WARNING = 20, 30
