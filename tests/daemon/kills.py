@@ -206,7 +206,7 @@ class Kills:
                 self._daemon.kill()
                 self._daemon.start(ready=False)
 
-    def _verdict(self) -> bool:  # noqa: C901 - a line a promise
+    def _verdict(self) -> bool:
         with psycopg.connect(self._postgres.conninfo) as connection:
             found = dict(connection.execute("SELECT thread_id, total_tokens::bigint FROM conversations").fetchall())
         missing, doubled, once = list[str](), list[str](), 0
