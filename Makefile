@@ -31,7 +31,7 @@ test: .venv/installed  ## the whole suite on a real Postgres, a few minutes
 	$(BIN)/python -X dev -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-deploy: .venv/deploy-tools  ## the image, compose, Kubernetes: built, run and checked with podman; as root
-	$(BIN)/python -X dev -m pytest -m 'deploy or not deploy' tests/deploy $(ARGS)
+	$(BIN)/python -X dev -m pytest -m 'containers or not containers' tests/deploy $(ARGS)
 
 bench: .venv/installed  ## what a call costs beside a queue append, as ratios
 	$(BIN)/python benchmarks/call_cost.py

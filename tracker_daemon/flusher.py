@@ -210,8 +210,7 @@ class Flusher:
             position = self._positions.get(producer) or await self._open(producer)
         if position.applied_sequence < sequence - 1:
             self._tell_missing(producer, position.applied_sequence + 1, sequence - 1)
-            position = await self._sink.open(producer, self.lane, known=position, after=sequence - 1)
-            self._positions[producer] = position
+            position = await self._open(producer, position, after=sequence - 1)
         return position
 
     def _tell_missing(self, producer: UUID, first: int, last: int) -> None:
@@ -222,8 +221,10 @@ class Flusher:
             forgotten = known is not None and known.applied_sequence >= first
             self._say("error", "batches_missing", first=first, last=last, batches=last - first + 1, forgotten=forgotten)
 
-    async def _open(self, producer: UUID, known: Opened | None = None) -> Opened:
-        position = await self._sink.open(producer, self.lane, known=self._acknowledged.get(producer, known))
+    async def _open(self, producer: UUID, known: Opened | None = None, *, after: int = 0) -> Opened:
+        if known is None or not after:
+            known = self._acknowledged.get(producer, known)
+        position = await self._sink.open(producer, self.lane, known=known, after=after)
         if self._journal is not None:
             self._journal.opened(producer, position.epoch, position.database)
         self._positions[producer] = position

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from psycopg import sql
 
-from tests.deploy.tools import ROOT
+from tests.deploy.manifests import ROOT
 from tests.helpers import running, wait_until
 from tracker_daemon.daemon.health import ask
 from tracker_daemon.daemon.options import Listen
