@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tracker_daemon.backlog import Backlog
-from tracker_daemon.generation import KINDS, add
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.delta import ThreadDelta
 from tracker_daemon.errors import QueueFull
 from tracker_daemon.front_door import FrontDoor, Refusals
+from tracker_daemon.generation import KINDS, add
 from tracker_daemon.sink import Applied, DeadLetter
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ from tracker_daemon.settings import split_table
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from tracker_daemon.generation import Record
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.embedded import EmbeddedPostgres
+    from tracker_daemon.generation import Record
     from tracker_daemon.sink import Applied
 
 ALWAYS_ARRAYS, ALWAYS_COPY = 10**9, 1

@@ -27,6 +27,7 @@ from uuid import UUID, uuid4
 
 from tracker_daemon.call_queue import CallQueue
 from tracker_daemon.generation import KINDS, Generation, Record, summed
+from tracker_daemon.journal.windows import Damage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -294,12 +295,15 @@ class Backlog:
         number = journal.next_number()
         following = journal.queue.prepare_within()
         with self.lock:
-            journal.queue.cut_within(following)
+            # No room: what is there is better than memory.
+            if following.path is None or not journal.queue.cut_within(following):
+                journal.drop([following])
+                return
             while count := journal.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
                 self.folded += count
             before = journal.queue.take_read()
             anew = None
-            if before and following.path is not None:
+            if before:
                 header = before[0].header
                 anew = journal.write_anew(self._window, header, number, journal.next_first, sealed=False)
             journal.queue.put_back(before if anew is None else [anew])
@@ -313,21 +317,27 @@ class Backlog:
         for sealed in list(self._sealed):
             window = sealed.stored
             bad = [segment for segment in journal.untrusted if window is not None and segment.path in window.paths]
-            if window is None or not bad:
+            if window is None or not bad or not journal.may_try:
                 continue
             generation = sealed.generation
             if generation is None:
-                generation = window.load()
-            first = window.first + sealed.settled
+                try:
+                    generation = window.load()
+                except (Damage, OSError) as error:  # held, not guessed: it is read again when its turn comes
+                    journal.fail("read", error)
+                    continue
+            first = sealed.first + sealed.settled
             anew = journal.write_anew(generation, bad[0].header, journal.next_number(), first, sealed=True)
-            if anew is not None and anew.path is not None:
-                journal.drop(journal.unsynced_of(window))
-                window.first, window.batches, window.paths = (
-                    first,
-                    len(list(generation.batches(self.max_batch_size))),
-                    [anew.path],
-                )
-                anew.close()
+            if anew is not None:
+                journal.replace(window, anew, sum(1 for _ in generation.batches(self.max_batch_size)))
+
+    def unstore_head(self) -> None:
+        """Let the oldest sealed window, which is in memory, go on there alone: its files are not to be trusted."""
+        sealed, journal = self._sealed[0], self._journal
+        assert journal is not None
+        assert sealed.stored is not None
+        journal.forget(sealed.stored)
+        sealed.stored = None
 
     def head(self) -> tuple[ThreadDelta, ...] | None:
         """Return the oldest sealed batch; it stays until `settle`. `None`: there is none, or it must be `load`ed."""

@@ -269,6 +269,7 @@ class Flusher:
         journal = self._journal
         if journal is None:
             return
+        await self._in_thread(journal.sync_left)
         for life, error in journal.lives():
             try:
                 if life is None:
@@ -290,8 +291,8 @@ class Flusher:
 
     async def _recover(self, journal: Journal, life: Life) -> None:
         producer = life.producer
-        if not life.windows:
-            journal.recovered_life(producer)
+        if not life.windows:  # what was never on the disk needs no place in the ledger
+            journal.recovered_life(life)
             return
         known = Opened(life.epoch, 0) if life.epoch else None
         if known is not None:
@@ -307,15 +308,14 @@ class Flusher:
             elif window.batches is None:
                 window.batches = last + 1 - window.first
             journal.recovered_window(window)
-        journal.recovered_life(producer)
+        journal.recovered_life(life)
         self._positions.pop(producer, None)
         if calls:
             self._say("info", "journal_applied", life=str(producer), calls=calls)
 
     async def _recover_window(self, window: Window, position: Opened) -> int:
         assert self._journal is not None
-        # On the disk before any of it is applied: a loss of power must not change how the rest is cut.
-        await self._in_thread(self._journal.sync_files, window.paths)
+        self._journal.check_synced(window.paths)
         generation = await self._read(window)
         self._in_hand = window
         self._backlog.recover(generation)
@@ -380,9 +380,17 @@ class Flusher:
     async def _make_durable(self, window: Window) -> None:
         """Bring a window to the disk where its cut into batches, or the setting, asks for it before its flush."""
         assert self._journal is not None
-        if self._journal.sync_interval == 0 or (window.batches or 2) > 1:
-            await self._in_thread(self._journal.sync)
-            self._journal.release_synced()
+        journal = self._journal
+        cut = (window.batches or 2) > 1
+        if journal.sync_interval == 0 or cut:
+            await self._in_thread(journal.sync)
+            if journal.trusts(window):
+                journal.release_synced()
+                return
+            self._backlog.rewrite_sealed()
+            if cut and not journal.trusts(window):
+                # Half of it gone with the power, it would be cut otherwise, and what is applied be applied again.
+                self._backlog.unstore_head()
 
     async def _in_thread(self, do: Callable[..., object], *arguments: object) -> None:
         import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it

@@ -81,9 +81,13 @@ class Generation:
             followers[thread_id] = ThreadDelta(thread_id, record[-1] // 1_000)
         return followers.get(thread_id, delta)
 
-    def put(self, delta: ThreadDelta, *, late: bool) -> None:
-        """Take in a sum that stands for the first calls of its thread; *late*: of the followers."""
-        (self.followers if late else self.deltas)[delta.thread_id] = delta
+    def put(self, delta: ThreadDelta, *, late: bool, more: bool = False) -> None:
+        """Take in a sum that stands for the first calls of its thread; *late*: of the followers; *more*: its rest."""
+        part = self.followers if late else self.deltas
+        if more:
+            part[delta.thread_id].agents += delta.agents
+            return
+        part[delta.thread_id] = delta
         self.oldest_at = min(self.oldest_at or delta.first_at * 1_000, delta.first_at * 1_000)
 
     def sums(self) -> Iterator[tuple[ThreadDelta, bool]]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections import Counter
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -20,7 +21,7 @@ import pytest
 from tests.conftest import run_migrate
 from tests.digits import Digits
 from tests.faults.harness import PATIENCE, Errors, outcome, sums, tracking
-from tests.faults.proxy import Cut, FaultProxy
+from tests.faults.proxy import Blackhole, Cut, FaultProxy, Refuse
 from tests.faults.servers import (
     Recording,
     Stream,
@@ -32,7 +33,7 @@ from tests.faults.servers import (
     standby_of,
 )
 from tests.helpers import ledger, query, wait_until
-from tracker_daemon import Fenced, Tracker
+from tracker_daemon import DrainReport, Fenced, Tracker
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
 from tracker_daemon.sink import LedgerMissing, LedgerRegressed
@@ -307,6 +308,78 @@ def test_commits_that_were_not_on_the_disk(
                 postgres.restart("immediate")
                 flush_calls(tracker, digits, 1)
         assert check(postgres.conninfo, digits, sink, errors, registry, caplog) >= 1
+
+
+# -- forgotten while nothing was pending -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("backup", ["of some batches", "of before the first"])
+def test_restored_backup_found_at_close(
+    folder: Path, errors: Errors, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture, backup: str
+) -> None:
+    """A backup is put in the place of the database behind an idle tracker: its close connects again, and tells."""
+    digits = Digits()
+    with server(folder / "pg", fsync="off") as postgres:
+        run_migrate(postgres.conninfo)
+        tracker = Tracker(postgres.conninfo, on_error=errors, registry=registry, flush_interval=0.01)
+        flush_calls(tracker, digits, 4 if backup == "of some batches" else 0)
+        postgres.stop()
+        copy(folder / "pg" / "data", folder / "backup")
+        postgres.start()
+        found = [sequence for _, _, sequence in ledger(postgres.conninfo)]
+        flush_calls(tracker, digits, 3)
+        [(_, _, expected)] = ledger(postgres.conninfo)
+        postgres.stop("immediate")
+        shutil.rmtree(folder / "pg" / "data")
+        (folder / "backup").rename(folder / "pg" / "data")
+        postgres.start()
+        before, stats = len(errors.seen), tracker.stats()
+        assert stats.pending == 0
+        assert tracker.close(PATIENCE) == DrainReport()
+        [told] = errors.seen[before:]
+        if found:
+            assert isinstance(told, LedgerRegressed)
+            assert ([told.found], told.expected) == (found, expected)
+        else:
+            assert isinstance(told, LedgerMissing)
+        assert registry.get_sample_value("tracker_ledger_regressions_total") == len(found)
+        assert sum("ledger_at_close" in record.getMessage() for record in caplog.records) == 1
+        assert [sequence for _, _, sequence in ledger(postgres.conninfo)] == found
+
+
+def test_close_on_a_connection_that_was_lost(
+    database: str, proxy: FaultProxy, errors: Errors, registry: CollectorRegistry
+) -> None:
+    """A database that has kept everything gets its mark over a new connection, and nothing is told."""
+    tracker = Tracker(proxy.conninfo, on_error=errors, registry=registry, flush_interval=0.01)
+    flush_calls(tracker, Digits(), 2)
+    assert proxy.sever_all() == 1
+    tracker.close(PATIENCE)
+    assert errors.seen == []
+    assert query(database, "SELECT closed_at IS NOT NULL FROM tracker_ledger") == [(True,)]
+
+
+@pytest.mark.parametrize(
+    ("away", "timeout", "most"),
+    [("refuses", 30.0, 1.5), ("silent", 30.0, 5.0), ("silent", 0.5, 1.5), ("deaf later", 30.0, 5.0)],
+)
+def test_close_while_the_server_is_away(
+    proxy: FaultProxy, errors: Errors, registry: CollectorRegistry, away: str, timeout: float, most: float
+) -> None:
+    """With nothing pending, a server that is away costs the close two seconds at most, and nothing is told."""
+    tracker = Tracker(proxy.conninfo, on_error=errors, registry=registry, flush_interval=0.01)
+    flush_calls(tracker, Digits(), 2)
+    if away == "refuses":
+        proxy.redirect("host=127.0.0.1 port=1 user=postgres dbname=postgres")
+    else:
+        proxy.arm(Refuse(silent=True) if away == "silent" else Blackhole("server", 12))
+    proxy.sever_all()
+    began = monotonic()
+    report = tracker.close(timeout)
+    assert monotonic() - began < most
+    assert report == DrainReport()
+    assert errors.seen == []
+    assert away == "refuses" or proxy.fired
 
 
 # -- fenced ----------------------------------------------------------------------------------------

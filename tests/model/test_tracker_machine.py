@@ -34,19 +34,19 @@ from tests.digits import CALLS_PER_THREAD, Digits
 from tests.model.manual_clock import START, Driven, ManualClock, run
 from tests.model.scripted_sink import DONE, FAULTS, MONTH, Outcome, ScriptedSink, identity
 from tracker_daemon.backlog import Backlog
-from tracker_daemon.generation import KINDS
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
+from tracker_daemon.generation import KINDS
 from tracker_daemon.memory_sink import MemoryRow
 from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from tracker_daemon.generation import Record
     from tracker_daemon.batch import Batch
     from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.generation import Record
 
 THREADS: Final = ("t0", "t1", "t2", "t3", "t4")
 DAY: Final = 86_400.0

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Final
 from uuid import UUID, uuid4
 
@@ -90,7 +90,6 @@ class Journal:
         """Calls applied again because the database had forgotten them."""
         self.next_first = 1
         """The sequence of the next window's first batch."""
-        self._first_of = (1, 1)
         self.compact_from = _COMPACT_FROM
         self._epoch = self._database = 0
         self._numbers = count(1)
@@ -99,12 +98,16 @@ class Journal:
         self._unsynced: list[Segment] = []
         self._bad: list[Segment] = []
         self._names_changed = False
+        self._syncing = Lock()
+        # The window after the last sealed one, and the sequence of its first batch.
+        self._next_window = (1, 1)
         self._last_window_bytes = 0
         self._failed_at = 0.0
         self._told = False
         self._lock: DirectoryLock | None = None
         self._locks: list[DirectoryLock] = []
         self._left: dict[UUID, list[Path]] = {}
+        self._not_synced: dict[Path, OSError] = {}
         self._attaching = RLock()
         self._adopted = self._ended = False
         self.directory = directory
@@ -215,12 +218,16 @@ class Journal:
             self.create_missing,
             time.time_ns(),
         )
-        if not self._ended and not (self.degraded and time.monotonic() - self._failed_at < _RETRY_AFTER):
+        if not self._ended and self.may_try:
             try:
                 return self._make_file(header, wanted)
             except (OSError, JournalError, ValueError) as error:
                 self.fail("allocate", error)
         return Segment(header, wanted, None)
+
+    def _note_first(self, segment: Segment) -> None:
+        if segment.header.window == self._next_window[0]:
+            segment.note_first(self._next_window[1])
 
     def _make_file(self, header: Header, size: int) -> Segment:
         if self._lock is None:
@@ -235,9 +242,7 @@ class Journal:
                 )
         path = self.directory / open_name(self.producer, header.number)
         segment = Segment(header, size, path)
-        window, first = self._first_of
-        if header.window == window:
-            segment.note_first(first)  # the files before it may be none: the window began in memory
+        self._note_first(segment)
         self._sizes[path] = size
         self._names_changed = True
         if self.degraded:
@@ -261,16 +266,16 @@ class Journal:
         if producer == self.producer:
             first = not self._epoch
             self._epoch, self._database = epoch, database
-            if first and self.queue.begun:
+            if first and self.queue.segments:  # a header to come says it itself
                 self.queue.note(Opened(epoch, database))
 
     def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
         """Give the window in *segments* its identity; `None`: it is in memory alone."""
         first, self.next_first = self.next_first, self.next_first + batches
         with self.queue.turn:  # a segment of the next window is either there by now, or made with what is noted here
-            self._first_of = (segments[-1].header.window + 1, self.next_first)
+            self._next_window = (self._next_window[0] + 1, self.next_first)
             for segment in self.queue.segments:
-                segment.note_first(self.next_first)
+                self._note_first(segment)
         self._last_window_bytes = sum(segment.end for segment in segments)
         kept = all(segment.path is not None for segment in segments)
         if not kept:
@@ -310,16 +315,28 @@ class Journal:
 
     def _drop(self, segments: Iterable[Segment]) -> None:
         for segment in segments:
-            if segment in self._unsynced:
-                self._unsynced.remove(segment)
+            for kept in (self._unsynced, self._bad):
+                if segment in kept:
+                    kept.remove(segment)
             segment.close()
             if segment.path is not None:
                 self._delete(segment.path)
 
     def applied(self, window: Window) -> None:
-        """*window* is in the database: keep it for a while."""
+        """*window* is in the database: keep it for a while, unless it is in a file that is not trusted."""
+        if not self.trusts(window):
+            self.forget(window)
+            return
         self._retained.append(window)
         self.trim()
+
+    def trusts(self, window: Window) -> bool:
+        """Whether no fsync of its files has failed."""
+        return not any(segment.path in window.paths for segment in self._bad)
+
+    def forget(self, window: Window) -> None:
+        """Delete the files of *window*."""
+        self._delete_all(window.paths)
 
     def retained(self, producer: UUID) -> list[Window]:
         """Return what is kept of a producer's applied windows, in order."""
@@ -346,16 +363,13 @@ class Journal:
                 window = kept.popleft()
             except IndexError:
                 return
-            for path in window.paths:
-                taken -= self._sizes.get(path, 0)
-                self._forget(path)
+            taken -= sum(self._sizes.get(path, 0) for path in window.paths)
+            self._delete_all(window.paths)
 
-    def _forget(self, path: Path) -> None:
-        for segment in list(self._unsynced):
-            if segment.path == path:
-                self._unsynced.remove(segment)
-                segment.close()
-        self._delete(path)
+    def _delete_all(self, paths: list[Path]) -> None:
+        self._drop([segment for segment in list(self._unsynced) if segment.path in paths])
+        for path in paths:
+            self._delete(path)
 
     def _delete(self, path: Path) -> None:
         self._sizes.pop(path, None)
@@ -383,25 +397,45 @@ class Journal:
         """All of *window* is in the database."""
         self.applied(window)
 
-    def recovered_life(self, producer: UUID) -> None:
-        """All that *producer* left is in the database."""
-        kept = {path for window in self.retained(producer) for path in window.paths}
-        for path in self._left.pop(producer, ()):
-            if path not in kept:
-                self._delete(path)  # gone with its window, or never begun
+    def recovered_life(self, life: Life) -> None:
+        """All of *life* is in the database."""
+        self.torn += life.torn
+        for path in life.leftover:
+            self._delete(path)
+        self._left.pop(life.producer, None)
 
     def set_aside(self, error: BaseException) -> None:
         """Something of an earlier life cannot be applied: it stays where it is."""
         self.errors["damage" if isinstance(error, Damage) else "read"] += 1
 
-    def sync_files(self, paths: list[Path]) -> None:
-        """Bring files of an earlier life to the disk. May block."""
-        for path in paths:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    def sync_left(self) -> None:
+        """Bring the files of earlier lives to the disk, before any of it is applied. May block.
+
+        A loss of power must not change then how a window is cut into batches; nor take what was accepted long ago.
+        """
+        left = [path for paths in list(self._left.values()) for path in paths]
+        for path in left:
             try:
-                os.fdatasync(file)
-            finally:
-                os.close(file)
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fdatasync(file)
+                finally:
+                    os.close(file)
+            except OSError as error:
+                self._not_synced[path] = error
+                self.errors["fsync"] += 1
+        for directory in {path.parent for path in left}:
+            try:
+                self._sync_directory(directory)
+            except OSError as error:
+                self._not_synced |= dict.fromkeys((path for path in left if path.parent == directory), error)
+                self.errors["fsync"] += 1
+
+    def check_synced(self, paths: list[Path]) -> None:
+        """Raise the error of the first of *paths* that `sync_left` could not bring to the disk."""
+        for path in paths:
+            if error := self._not_synced.get(path):
+                raise OSError(error.errno, f"its fsync failed: {error.strerror}", str(path))
 
     # -- the disk ----------------------------------------------------------------------------------
 
@@ -413,9 +447,20 @@ class Journal:
         )
 
     def sync(self) -> None:
-        """Bring everything written until now to the disk. May block; not in the worker's own loop."""
+        """Bring everything written until now to the disk. May block; not in the worker's own loop.
+
+        One at a time: of two that sync one file the second would not hear of an error.
+        """
+        with self._syncing:
+            self._sync()
+
+    def _sync(self) -> None:
         for segment in [*self._unsynced, *self.queue.segments]:
             if segment.path is None or segment.end <= segment.synced_at or segment in self._bad:
+                continue
+            if not segment.first:
+                # Its window is just being cut. On the disk without its sequence it would pass for the one before it,
+                # should that not be there: the next sync takes it.
                 continue
             began = time.monotonic()
             try:
@@ -429,13 +474,13 @@ class Journal:
         if self._names_changed:
             self._names_changed = False
             try:
-                self._sync_directory()
+                self._sync_directory(self.directory)
             except OSError as error:
                 self._names_changed = True
                 self.fail("fsync", error)
 
-    def _sync_directory(self) -> None:
-        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def _sync_directory(self, path: Path) -> None:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         finally:
@@ -447,6 +492,11 @@ class Journal:
             if segment.end <= segment.synced_at:
                 self._unsynced.remove(segment)
                 segment.close()
+
+    @property
+    def may_try(self) -> bool:
+        """Whether a file may be had, or nobody has tried for a while."""
+        return not self.degraded or time.monotonic() - self._failed_at >= _RETRY_AFTER
 
     @property
     def untrusted(self) -> list[Segment]:
@@ -480,8 +530,8 @@ class Journal:
         try:
             segment.sync()
             if sealed:
-                self._settle_name(segment, sealed_name(self.producer, first, 0))
-            self._sync_directory()
+                self._settle_name(segment, sealed_name(self.producer, first, number))
+            self._sync_directory(self.directory)
         except OSError as error:
             self.fail("fsync", error)
             self._drop([segment])
@@ -490,25 +540,26 @@ class Journal:
 
     def drop(self, replaced: list[Segment]) -> None:
         """Delete files whose place another has taken."""
-        for segment in replaced:
-            if segment in self._bad:
-                self._bad.remove(segment)
         self._drop(replaced)
+
+    def replace(self, window: Window, anew: Segment, batches: int) -> None:
+        """Let *anew* take the place of the files of a sealed window; it holds *batches* of them, the last ones."""
+        assert anew.path is not None
+        before, window.paths = window.paths, [anew.path]
+        window.first, window.batches = anew.first, batches
+        self._delete_all(before)
+        anew.close()
 
     @property
     def wants_rewriting(self) -> bool:
         """Whether the open window has files that are not to be trusted, or many times what its sum would take."""
         segments = self.queue.segments
         if any(segment in self._bad for segment in segments):
-            return not self.degraded or time.monotonic() - self._failed_at >= _RETRY_AFTER
+            return self.may_try
         if not self.stores_window:
             return False
         summed = sum(segment.end for segment in segments if segment.header.anew)
         return sum(segment.end for segment in segments) > max(self.compact_from, 4 * summed)
-
-    def unsynced_of(self, window: Window) -> list[Segment]:
-        """Return the segments of a sealed window that are still held."""
-        return [segment for segment in self._unsynced if segment.path in window.paths]
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -518,9 +569,9 @@ class Journal:
             return
         self._ended = True
         left = self.queue.end()
-        self._unsynced += [segment for segment in left if segment.path is not None and segment.end > HEADER_SIZE]
+        self._unsynced += [segment for segment in left if segment.path is not None and not segment.is_empty]
         for segment in left:
-            if segment.path is None or segment.end <= HEADER_SIZE:
+            if segment.path is None or segment.is_empty:
                 self._drop([segment])
             else:
                 with suppress(OSError):

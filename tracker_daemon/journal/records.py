@@ -43,16 +43,25 @@ _NO_INSTANT: Final = -(2**63)
 # Shorter is no record, longer none that was ever written: what looks for the next good one skips it.
 _SHORTEST: Final = _ENSURE.size + 1
 MOST_RECORD: Final = 1 << 24
+_MOST_AGENTS: Final = 10_000
+_MORE: Final = 2
 
 _pack_frame, _pack_turn, _pack_ensure, _pack_resolve = FRAME.pack, _TURN.pack, _ENSURE.pack, _RESOLVE.pack
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A delta that stands for the calls before it: a window written anew. *late*: of the window's second part."""
+    """A delta that stands for the calls before it: a window written anew.
+
+    Attributes:
+        delta: the sum.
+        late: of the window's second part.
+        more: it goes on the sum of the same thread before it, which had more names than a record holds.
+    """
 
     delta: ThreadDelta
     late: bool
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,10 @@ class End:
 
 class Damaged(ValueError):  # noqa: N818 - says what is the case
     """The bytes at an offset are no record."""
+
+
+class Blank(Damaged):
+    """There is no header: a loss of power before the first fsync takes it, and with it what the file held."""
 
 
 def encode(record: Record) -> bytes:
@@ -98,14 +111,25 @@ def encode(record: Record) -> bytes:
 
 
 def encode_sum(delta: ThreadDelta, *, late: bool = False) -> bytes:
-    """Return a delta as a framed record."""
+    """Return a delta as a framed record, or as several where it has very many agents."""
+    if len(delta.agents) <= _MOST_AGENTS:
+        return _encode_sum(delta, late)
+    parts = []
+    for start in range(0, len(delta.agents), _MOST_AGENTS):
+        part = delta.copy() if not start else ThreadDelta(delta.thread_id, delta.first_at)
+        part.agents = delta.agents[start : start + _MOST_AGENTS]
+        parts.append(_encode_sum(part, late | (_MORE if start else 0)))
+    return b"".join(parts)
+
+
+def _encode_sum(delta: ThreadDelta, flags: int) -> bytes:
     thread, cost = delta.thread_id.encode(), str(delta.cost).encode()
     agents = b"".join(len(name).to_bytes(2, "little") + name for name in (agent.encode() for agent in delta.agents))
     resolution = b"" if delta.resolution_type is None else delta.resolution_type.encode()
     tokens = str(delta.tokens).encode()
     head = _DELTA.pack(
         DELTA,
-        late,
+        flags,
         delta.ensures,
         delta.turns,
         delta.resolves,
@@ -205,7 +229,7 @@ def _decode(payload: bytes) -> Record | Sum | Opened | End:  # noqa: PLR0911 - a
 
 
 def _decode_sum(payload: bytes) -> Sum:
-    _, late, ensures, turns, resolves, first_at, last_turn_at, resolved_at, *lengths = _DELTA.unpack_from(payload)
+    _, flags, ensures, turns, resolves, first_at, last_turn_at, resolved_at, *lengths = _DELTA.unpack_from(payload)
     here, parts = _DELTA.size, []
     for length in lengths:
         parts.append(payload[here : here + length])
@@ -220,7 +244,7 @@ def _decode_sum(payload: bytes) -> Sum:
     delta.last_turn_at = None if last_turn_at == _NO_INSTANT else last_turn_at
     if resolved_at != _NO_INSTANT:
         delta.resolution_type, delta.resolved_at = resolution.decode(), resolved_at
-    return Sum(delta, bool(late))
+    return Sum(delta, bool(flags & 1), bool(flags & _MORE))
 
 
 def _names(data: bytes) -> list[str]:
@@ -289,7 +313,7 @@ class Header:
     created_at: int
 
     def encode(self) -> bytes:
-        """Return the first 96 bytes of a file."""
+        """Return the first bytes of a file."""
         head = _HEADER.pack(
             MAGIC,
             VERSION,
@@ -311,13 +335,14 @@ class Header:
         """Return the header in *data*.
 
         Raises:
-            Damaged: it is none, or of another version.
+            Blank: it is none.
+            Damaged: it is of another version.
         """
         if len(data) < HEADER_SIZE or not data.startswith(MAGIC):
-            raise Damaged("no journal's header")
+            raise Blank("no journal's header")
         head = data[: _HEADER.size]
         if crc32(head).to_bytes(4, "little") != data[_HEADER.size : _HEADER.size + 4]:
-            raise Damaged("a header whose checksum does not match")
+            raise Blank("a header whose checksum does not match")
         _, version, lane, producer, epoch, database, number, window, anew, create, size, created = _HEADER.unpack(head)
         if version != VERSION:
             raise Damaged(f"the format's version {version}; this program reads {VERSION}")
@@ -332,3 +357,16 @@ HEADER_SIZE: Final = 128
 FIRST_AT: Final = 104
 SYNCED_AT: Final = 112
 WORD: Final = Struct("<Q")
+
+
+def word(value: int) -> int:
+    """Return *value*, below 2**48, with a checksum in the other 16 bits; 0, which a new file has there, for 0."""
+    return value and value << 16 | crc32(value.to_bytes(6, "little")) & 0xFFFF
+
+
+def word_value(packed: int) -> int:
+    """Return what `word` was given; raises `Damaged` for anything else."""
+    value = packed >> 16
+    if word(value) != packed:
+        raise Damaged("a number in the header whose checksum does not match")
+    return value

@@ -15,7 +15,19 @@ import os
 from mmap import ACCESS_READ, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
 from typing import TYPE_CHECKING
 
-from tracker_daemon.journal.records import FIRST_AT, FRAME, HEADER_SIZE, SYNCED_AT, WORD, Damaged, Header
+from tracker_daemon.journal.records import (
+    FIRST_AT,
+    FRAME,
+    HEADER_SIZE,
+    OPENED,
+    SYNCED_AT,
+    WORD,
+    Blank,
+    Damaged,
+    Header,
+    word,
+    word_value,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +44,15 @@ class Segment:
         size: bytes allocated.
         frozen_at: where the records end, once frozen.
         synced_at: up to where it is on the disk.
+        first: the sequence of the window's first batch; 0: not noted yet.
+        read_to: up to where the worker has read it.
     """
 
     def __init__(self, header: Header, size: int, path: Path | None) -> None:
         self.header, self.path, self.size = header, path, size
         self.frozen_at: int | None = None
-        self.synced_at = 0
+        self.synced_at = self.first = 0
+        self.read_to = HEADER_SIZE
         self._file = -1
         if path is None:
             self.map = mmap(-1, size)
@@ -61,11 +76,23 @@ class Segment:
         """Up to where records may be read now."""
         return self.map.tell() if self.frozen_at is None else self.frozen_at
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call stands in it: nothing, or marks alone."""
+        offset = HEADER_SIZE
+        while offset + FRAME.size <= self.end and (length := FRAME.unpack_from(self.map, offset)[0]):
+            if self.map[offset + FRAME.size] != OPENED:
+                return False
+            offset += FRAME.size + length
+        return True
+
     def freeze(self) -> None:
         """Let nobody write any more. What others have written meanwhile is in."""
         if self.frozen_at is not None:
             return
         end = self.map.tell()
+        if end == self.size:  # to the last byte; or an asynchronous exception came between the next step and the last
+            end = HEADER_SIZE
         self.map.seek(self.size)
         # Between these two steps another thread may have written: its record stands where `end` was.
         while end + FRAME.size <= self.size and (length := FRAME.unpack_from(self.map, end)[0]):
@@ -84,7 +111,8 @@ class Segment:
 
     def note_first(self, sequence: int) -> None:
         """Note the sequence of the window's first batch."""
-        WORD.pack_into(self.map, FIRST_AT, sequence)
+        self.first = sequence
+        WORD.pack_into(self.map, FIRST_AT, word(sequence))
 
     def sync(self) -> int:
         """Bring what is written now to the disk; return the bytes from the start that are there.
@@ -95,7 +123,7 @@ class Segment:
         end = self.end
         if self._file >= 0:
             os.fdatasync(self._file)
-            WORD.pack_into(self.map, SYNCED_AT, end)
+            WORD.pack_into(self.map, SYNCED_AT, word(end))
         self.synced_at = end
         return end
 
@@ -134,7 +162,8 @@ class Written:
     """A file of the journal that is read: of an earlier life, or after it was let go of.
 
     Raises:
-        Damaged: the header is none.
+        Blank: it has no header, and was never on the disk.
+        Damaged: it was, and its header is none.
         OSError: the file cannot be read.
     """
 
@@ -143,15 +172,16 @@ class Written:
         with path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             if self.size < HEADER_SIZE:
-                raise Damaged(f"{self.size} bytes, no header")
+                raise Blank(f"{self.size} bytes, no header")
             self.map = mmap(file.fileno(), self.size, access=ACCESS_READ)
         try:
             self.header = Header.decode(self.map[:HEADER_SIZE])
-        except Damaged:
+            self.first = word_value(WORD.unpack_from(self.map, FIRST_AT)[0])
+            self.synced_at = word_value(WORD.unpack_from(self.map, SYNCED_AT)[0])
+        except Damaged as damaged:
+            synced = any(self.map[SYNCED_AT : SYNCED_AT + WORD.size])
             self.map.close()
-            raise
-        self.first: int = WORD.unpack_from(self.map, FIRST_AT)[0]
-        self.synced_at: int = WORD.unpack_from(self.map, SYNCED_AT)[0]
+            raise Damaged(str(damaged)) if synced and isinstance(damaged, Blank) else damaged from None
 
     def close(self) -> None:
         """Let go of it."""

@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from threading import RLock
 from typing import TYPE_CHECKING, Final
 
@@ -39,7 +40,6 @@ class SegmentQueue(deque[None]):
         """Held while a segment is made and put behind the others."""
         self._chain: deque[Segment] = deque()
         self._read: list[Segment] = []
-        self._offset = HEADER_SIZE
         self._segment: Segment | None = None
         self._write: Callable[[bytes], object] = _nowhere
         self._window = 1
@@ -80,11 +80,13 @@ class SegmentQueue(deque[None]):
                 self._install(segment)
 
     def _install(self, segment: Segment) -> None:
-        old = self._segment
         self._chain.append(segment)
-        self._segment = segment
-        self._write = segment.write
-        if old is not None:
+        self._segment, self._write = segment, segment.write
+        # All before the last: a signal handler that called in between has added one behind this one, or before it.
+        self._freeze_old()
+
+    def _freeze_old(self) -> None:
+        for old in tuple(self._chain)[:-1]:
             old.freeze()
 
     # -- the worker's side -------------------------------------------------------------------------
@@ -94,12 +96,14 @@ class SegmentQueue(deque[None]):
         count, chain = 0, self._chain
         while chain and count < limit:
             segment = chain[0]
+            if segment.frozen_at is None and len(chain) > 1:
+                with self.turn:  # it is just being done; or an asynchronous exception came in between
+                    self._freeze_old()
             frozen = segment.frozen_at is not None  # looked at first: what is written later is read the next time
             count += self._drain_one(segment, fold, limit - count, held, most)
-            if not frozen or self._offset < segment.end or not self._may_follow(segment):
+            if not frozen or segment.read_to < segment.end or not self._may_follow(segment):
                 break
             self._read.append(chain.popleft())
-            self._offset = HEADER_SIZE
         for _ in range(min(count, len(self))):
             self.popleft()
         if not count and len(self):
@@ -114,7 +118,7 @@ class SegmentQueue(deque[None]):
         return following is not self._stop and following.header.window == segment.header.window
 
     def _drain_one(self, segment: Segment, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:
-        data, end, agents, offset, count = segment.map, segment.end, self._agents, self._offset, 0
+        data, end, agents, offset, count = segment.map, segment.end, self._agents, segment.read_to, 0
         if len(agents) > _KNOWN_AGENTS:
             agents.clear()
         while offset + FRAME.size <= end and count < limit and len(held) < most:
@@ -130,27 +134,28 @@ class SegmentQueue(deque[None]):
                     record = (record[0], agents.setdefault(record[1], record[1]), *record[2:])
                 fold(record)
                 count += 1
-            self._offset = offset
+            segment.read_to = offset
         return count
 
     def _recount(self) -> None:
-        # A call that an asynchronous exception ended between its two steps is read and was never counted.
+        # A call that was read before its caller counted it. Those that are counted from here on are not meant.
+        counted = len(self)
         if not self.waiting():
-            self.clear()
+            for _ in range(counted):
+                self.popleft()
 
     def waiting(self) -> list[Record]:
-        """Return the calls that wait, in order."""
+        """Return the calls that wait, in order. From any thread: what is read meanwhile may be among them."""
         found: list[Record] = []
-        offset = self._offset
         for segment in tuple(self._chain):
-            end = segment.end
-            while offset + FRAME.size <= end and (length := FRAME.unpack_from(segment.map, offset)[0]):
-                offset += FRAME.size
-                record = records.decode(segment.map[offset : offset + length])
-                offset += length
-                if isinstance(record, tuple):
-                    found.append(record)
-            offset = HEADER_SIZE
+            with suppress(ValueError):  # read and let go of meanwhile
+                offset, end = segment.read_to, segment.end
+                while offset + FRAME.size <= end and (length := FRAME.unpack_from(segment.map, offset)[0]):
+                    offset += FRAME.size
+                    record = records.decode(segment.map[offset : offset + length])
+                    offset += length
+                    if isinstance(record, tuple):
+                        found.append(record)
         return found
 
     def prepare_cut(self) -> Segment:
@@ -167,11 +172,18 @@ class SegmentQueue(deque[None]):
         """Return a segment for this window. Does I/O: before anything is locked."""
         return self._make(self._window, 0)
 
-    def cut_within(self, following: Segment) -> None:
-        """Go on with *following* in the same window; `drain` stops before it, until `put_back`."""
+    def cut_within(self, following: Segment) -> bool:
+        """Go on with *following* in the same window; `drain` stops before it, until `put_back`.
+
+        Return `False`, and do nothing, if a caller has brought a segment since it was made: that one is to be read
+        after *following*, and what is written anew in place of what was read would not come before it.
+        """
         with self.turn:
+            if self._segment is None or self._segment.header.number > following.header.number:
+                return False
+            self._stop = following
             self._install(following)
-        self._stop = following
+        return True
 
     def put_back(self, segments: list[Segment]) -> None:
         """Have *segments*, which are read, in the place of those that `take_read` gave."""
@@ -181,9 +193,8 @@ class SegmentQueue(deque[None]):
     def take_read(self) -> list[Segment]:
         """Return the segments that were read to their end since the last time: those of the window that was cut."""
         chain = self._chain
-        while len(chain) > 1 and chain[0].frozen_at is not None and self._offset >= chain[0].frozen_at:
+        while len(chain) > 1 and chain[0].frozen_at is not None and chain[0].read_to >= chain[0].frozen_at:
             self._read.append(chain.popleft())
-            self._offset = HEADER_SIZE
         read, self._read = self._read, []
         return read
 
@@ -204,12 +215,11 @@ class SegmentQueue(deque[None]):
     def end(self) -> list[Segment]:
         """Stop: freeze and return what is left. A call that comes later goes to memory alone."""
         with self.turn:
-            segment, self._segment, self._write = self._segment, None, _nowhere
-            if segment is not None:
+            self._segment, self._write = None, _nowhere
+            for segment in self._chain:
                 segment.freeze()
         left, self._read = [*self._read, *self._chain], []
         self._chain.clear()
-        self._offset = HEADER_SIZE
         self.clear()
         return left
 

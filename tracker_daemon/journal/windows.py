@@ -3,7 +3,7 @@
 Rules:
 1. The ledger decides what was applied; a name only says which batches a window holds.
 2. A window's files are read in the order of their parts, or, not sealed yet, of their numbers. A file written anew
-   takes the place of those before it, once it is complete.
+   takes the place of those with a lower number once it is whole; until then it is passed over.
 3. What was on the disk must be whole: damage there stops the reading. After it a record may be torn by a loss of power;
    it is passed over and counted.
 """
@@ -20,6 +20,7 @@ from tracker_daemon.journal.records import (
     END,
     FRAME,
     HEADER_SIZE,
+    Blank,
     Damaged,
     End,
     Opened,
@@ -39,14 +40,16 @@ if TYPE_CHECKING:
     from tracker_daemon.generation import Record
 
 SUFFIX: Final = ".journal"
-_SEALED: Final = re.compile(r"([0-9a-f]{32})-(\d{16})-(\d{4})\.journal")
+_SEALED: Final = re.compile(r"([0-9a-f]{32})-(\d{16})-(\d{4,})\.journal")
 _OPEN: Final = re.compile(r"([0-9a-f]{32})-open-(\d{8})\.journal")
-_CHUNK: Final = 1 << 16
 _END_SIZE: Final = len(encode_mark(End(0, 0, 0)))
 
 
 def sealed_name(producer: UUID, first: int, part: int) -> str:
-    """Return the name of a file of a sealed window: the identity of its first batch, and which part it is."""
+    """Return the name of a file of a sealed window: the identity of its first batch, and which part it is.
+
+    A file written anew has its number there: no part has one as high.
+    """
     return f"{producer.hex}-{first:016d}-{part:04d}{SUFFIX}"
 
 
@@ -112,7 +115,7 @@ class Window:
             OSError: a file cannot be read.
         """
         self.torn = 0
-        for path in _from_the_newest_sum(self.paths):
+        for path in self.paths:
             file = _written(path)
             try:
                 yield from self._records(file, skip_damage=skip_damage)
@@ -171,22 +174,29 @@ class Window:
                 yield item
 
 
-def _from_the_newest_sum(paths: list[Path]) -> list[Path]:
-    for index in range(len(paths) - 1, 0, -1):
-        file = _written(paths[index])
-        try:
-            if file.header.anew and _end(file) is not None:
-                return paths[index:]
-        finally:
-            file.close()
-    return paths
-
-
 def _written(path: Path) -> Written:
     try:
         return Written(path)
+    except Blank:
+        raise
     except Damaged as damaged:
         raise Damage(path, 0, str(damaged)) from damaged
+
+
+def _is_whole(file: Written, end: End) -> bool:
+    """Whether a file written anew has all the sums that its end tells of."""
+    offset, calls = HEADER_SIZE, 0
+    try:
+        while (payload := payload_at(file.map, offset, file.size)) is not None:
+            item = decode(payload)
+            if isinstance(item, End):
+                return item == end and calls == end.calls
+            if isinstance(item, Sum):
+                calls += item.delta.calls
+            offset += FRAME.size + len(payload)
+    except Damaged:
+        pass
+    return False
 
 
 def _end(file: Written) -> End | None:
@@ -213,6 +223,8 @@ class Life:
         epoch: the highest in the ledger that its files tell of; 0: it may never have been registered.
         windows: in order.
         begun_at: nanoseconds since 1970.
+        leftover: files without a content that counts: never on the disk, or replaced by one written anew.
+        torn: bytes in those that a loss of power has left without a header.
     """
 
     producer: UUID
@@ -221,6 +233,8 @@ class Life:
     database: int
     windows: list[Window]
     begun_at: int
+    leftover: list[Path] = field(default_factory=list)
+    torn: int = 0
 
 
 @dataclass(slots=True)
@@ -232,6 +246,8 @@ class _Found:
     first: int
     file: Written
     end: End | None
+    anew: bool
+    whole: bool
 
     @property
     def order(self) -> tuple[bool, int]:
@@ -251,9 +267,12 @@ def life_of(producer: UUID, paths: Iterable[Path]) -> Life:
     by_window: dict[int, list[_Found]] = {}
     life = Life(producer, 0, 0, 0, [], 2**63)
     for path in sorted(paths):
-        if not _begun(path):
+        try:
+            file = _written(path)
+        except Blank:
+            life.leftover.append(path)
+            life.torn += len(path.read_bytes().rstrip(b"\0"))
             continue
-        file = _written(path)
         try:
             header = file.header
             life.lane, life.begun_at = header.lane, min(life.begun_at, header.created_at)
@@ -263,6 +282,7 @@ def life_of(producer: UUID, paths: Iterable[Path]) -> Life:
                 if mark.epoch >= life.epoch:
                     life.epoch, life.database = mark.epoch, mark.database
             sealed = _SEALED.fullmatch(path.name)
+            end = _end(file)
             found = _Found(
                 path,
                 header.number,
@@ -270,24 +290,29 @@ def life_of(producer: UUID, paths: Iterable[Path]) -> Life:
                 int(sealed[3]) if sealed else None,
                 int(sealed[2]) if sealed else file.first,
                 file,
-                _end(file),
+                end,
+                header.anew,
+                header.anew and end is not None and _is_whole(file, end),
             )
             by_window.setdefault(header.window, []).append(found)
         finally:
             file.close()
     for number in sorted(by_window):
         found_files = sorted(by_window[number], key=lambda found: found.order)
-        life.windows.append(_window(life, found_files))
+        counting = _counting(found_files)
+        life.leftover += [found.path for found in found_files if found not in counting]
+        life.windows.append(_window(life, counting))
     return life
 
 
-def _begun(path: Path) -> bool:
-    """Say whether anything was ever written there: a crash comes between the allocation and the header, too."""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            if chunk.strip(b"\0"):
-                return True
-    return False
+def _counting(files: list[_Found]) -> list[_Found]:
+    """Return those of a window's files that hold it: the newest whole one written anew and what follows, or all."""
+    newest = max((found.number for found in files if found.whole), default=0)
+    counting = [found for found in files if found.number >= newest]
+    oldest = min(found.number for found in counting)
+    # One that is not whole has everything before it still beside it, unless nothing is beside it.
+    counting = [found for found in counting if found.whole or not found.anew or found.number == oldest]
+    return sorted(counting, key=lambda found: (found.number != newest, found.order))
 
 
 def _marks(file: Written) -> Iterator[Opened]:
@@ -340,6 +365,6 @@ def batches_of(window: Window) -> int:
 def take(generation: Generation, item: Record | Sum) -> None:
     """Add what was read to *generation*."""
     if isinstance(item, Sum):
-        generation.put(item.delta, late=item.late)
+        generation.put(item.delta, late=item.late, more=item.more)
     else:
         generation.fold(item)

@@ -5,7 +5,7 @@ Source: PostgreSQL manual, "PostgreSQL Error Codes"; errors of the driver and of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 
@@ -43,6 +43,8 @@ _BY_CLASS: Final[dict[str, FaultKind]] = {
     "53": "capacity",
     "57": "connection",
 }
+IN_DOUBT: Final[tuple[FaultKind, ...]] = ("schema", "other")
+"""What a table raises that is not as it should be, and as well a trigger of it for one row only."""
 _RAISED: Final = "exec_stmt_raise"
 _ROW_REFUSED: Final = "ExecWithCheckOptions"
 # A connection that is refused has no SQLSTATE in libpq, only the server's words.
@@ -89,6 +91,19 @@ def _kind_of_driver(error: psycopg.Error) -> FaultKind:
         # "No such file or directory" of a socket is a server that is not there, not a name that is wrong.
         return next((kind for part, kind in _BY_WORDS if part in words), "connection")
     return "data" if isinstance(error, psycopg.DataError) else "other"
+
+
+def may_be_of_a_row(error: Exception, connection: psycopg.AsyncConnection[Any], doubts: list[Exception] | None) -> bool:
+    """Say whether to look for a row that raises *error*; one that may be about the table goes into *doubts*.
+
+    Without *doubts* such a one is not looked into.
+    """
+    kind = kind_of(error)
+    if connection.broken or (kind != "data" and (doubts is None or kind not in IN_DOUBT)):
+        return False
+    if doubts is not None and kind != "data":
+        doubts.append(error)
+    return True
 
 
 def fault(error: BaseException, context: str) -> SinkFault:

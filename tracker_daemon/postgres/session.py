@@ -14,6 +14,7 @@ import asyncio
 import os
 import socket
 from contextlib import contextmanager, suppress
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -57,15 +58,20 @@ class Session:
         *,
         create_missing: bool,
         timeout: float,  # noqa: ASYNC109
+        within: float | None = None,
     ) -> Session:
-        """Connect and look at the tables.
+        """Connect and look at the tables; give up after *within* seconds in all, unless that is `None`.
 
         Raises:
             SchemaError: the tables will not do; the message says what to run or to alter.
         """
-        session = cls(await connector.connect())
+        time = asyncio.get_running_loop().time
+        until = inf if within is None else time() + within
+        # Before there is a connection nothing can be severed; cancelling asks no server of anything then.
+        async with asyncio.timeout(within):
+            session = cls(await connector.connect())
         try:
-            with session.deadline(timeout):
+            with session.deadline(min(timeout, until - time())):
                 await session._look(*table, create_missing=create_missing, timeout=timeout)
         except BaseException as error:
             await session.close()

@@ -8,11 +8,18 @@ Rules:
    comes again.
 4. Data that the database refuses is looked for by halving, each half under a savepoint, all in one transaction: what
    stands alone is set aside as a dead letter, the rest commits with it.
+5. An error that may be about the table as well (`faults.IN_DOUBT`) is looked for in the same way, but only once the
+   same batch has failed by such a one three times, and sets nothing aside unless another row of the batch goes through.
+   Else the batch is held, and fails as before. So it is, until that is mended, with a batch whose only row fails so:
+   nothing tells it from a table at fault, and no later batch may pass it.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
@@ -36,6 +43,8 @@ COPY_FROM: Final = 5_000
 _COPY_BREATH: Final = 256
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
+_TRIES_IN_DOUBT: Final = 3
+_PROBES: Final = 16
 
 
 class PostgresSink:
@@ -64,6 +73,9 @@ class PostgresSink:
         self._copy_from = copy_from
         self._session: Session | None = None
         self._last: dict[tuple[UUID, int], Opened] = {}
+        self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
+        """How often the batch in hand failed on a sound connection by what may be about the table or about a row."""
+        self._random = Random()  # noqa: S311 - which rows are tried first
 
     # -- the port ----------------------------------------------------------------------------------
 
@@ -109,8 +121,11 @@ class PostgresSink:
             fault = await self._failed(session, error, f"flushing {len(batch.deltas)} threads")
             if fault.kind == "timeout":
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
+            if fault.kind in faults.IN_DOUBT and not session.connection.broken:
+                self._in_doubt[_identity(batch)] += 1
             raise fault from error
         self._timeout = self._first_timeout
+        self._in_doubt.clear()
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
@@ -122,35 +137,50 @@ class PostgresSink:
 
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """See `Sink.aclose`."""
-        session, last = self._session, self._last.get((producer, lane))
+        last = self._last.get((producer, lane))
         try:
-            if session is not None and clean and last is not None:
-                await self._mark_closed(session, Batch(producer, lane, last.epoch, last.applied_sequence, ()))
+            if clean and last is not None:
+                await self._mark_closed(Batch(producer, lane, last.epoch, last.applied_sequence, ()))
         finally:
             await self._drop()
 
-    async def _mark_closed(self, session: Session, last: Batch) -> None:
-        """Mark the ledger's row; raise what the ledger has to say, if it is not where the last batch left it."""
-        try:
-            with session.deadline(_CLOSE_TIMEOUT):
-                cursor = session.cursor()
-                await cursor.execute(session.statements["close"], _key(last))
-                if await cursor.fetchone() is None:
-                    await self._not_moved(session, replace(last, sequence=last.sequence + 1))
-        except (Fenced, LedgerMissing, LedgerRegressed):
-            raise
-        except Exception:  # noqa: S110 - the mark only lets the row be collected sooner
-            pass
+    async def _mark_closed(self, last: Batch) -> None:
+        """Mark the ledger's row; raise what the ledger has to say, if it is not where the last batch left it.
+
+        A connection that is lost is made anew, once: what took it away may have been a failover that forgot commits.
+        When the server is away nothing is raised: what was to be written is written.
+        """
+        time = asyncio.get_running_loop().time
+        until = time() + _CLOSE_TIMEOUT
+        for _ in range(2):
+            try:
+                session = await self._connected(until - time())
+                with session.deadline(until - time()):
+                    cursor = session.cursor()
+                    await cursor.execute(session.statements["close"], _key(last))
+                    if await cursor.fetchone() is None:
+                        await self._not_moved(session, replace(last, sequence=last.sequence + 1))
+            except (Fenced, LedgerMissing, LedgerRegressed):
+                raise
+            except Exception:
+                if self._session is None or not self._session.connection.closed:
+                    return
+            else:
+                return
 
     # -- the connection ----------------------------------------------------------------------------
 
-    async def _connected(self) -> Session:
+    async def _connected(self, within: float | None = None) -> Session:
         if self._session is not None and self._session.connection.closed:
             await self._drop()
         if self._session is None:
             try:
                 self._session = await Session.open(
-                    self._connector, self._table, create_missing=self._create_missing, timeout=self._timeout
+                    self._connector,
+                    self._table,
+                    create_missing=self._create_missing,
+                    timeout=self._timeout,
+                    within=within,
                 )
             except SchemaError:
                 raise
@@ -181,7 +211,7 @@ class PostgresSink:
                     return await self._flush_copy(session, batch)
                 return await self._flush_arrays(session, batch)
             except Exception as error:
-                if faults.kind_of(error) != "data" or session.connection.broken:
+                if not faults.may_be_of_a_row(error, session.connection, self._doubts(batch)):
                     raise
             await session.connection.rollback()
         # Many statements: each has a deadline of its own.
@@ -255,6 +285,10 @@ class PostgresSink:
 
     # -- bad data ----------------------------------------------------------------------------------
 
+    def _doubts(self, batch: Batch) -> list[Exception] | None:
+        """Return where errors go that may be about the table as well; `None`: they are not looked into yet."""
+        return [] if self._in_doubt[_identity(batch)] >= _TRIES_IN_DOUBT else None
+
     async def _flush_apart(self, session: Session, batch: Batch) -> Applied:
         connection, cursor = session.connection, session.cursor()
         with session.deadline(self._timeout):
@@ -268,19 +302,50 @@ class PostgresSink:
                 return await self._not_moved(session, batch)
         # In the order of the locks, so that the halves take them in order too.
         deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
-        sent, merged, dead = await self._merge_apart(session, deltas)
+        doubts, sent, merged, dead = self._doubts(batch), 0, 0, list[DeadLetter]()
+        if doubts is None or await self._is_worth_halving(session, deltas, doubts):
+            sent, merged, dead = await self._merge_apart(session, deltas, doubts)
+        if doubts and not merged:
+            # Nothing goes through: the table may be at fault. What was set aside now would be everything.
+            with session.deadline(self._timeout):
+                await connection.rollback()
+            raise doubts[0]
         with session.deadline(self._timeout):
             await bury(session, batch, dead)
             await connection.execute("COMMIT")
         return self._applied(batch, sent, merged, tuple(dead))
 
-    async def _merge_apart(self, session: Session, deltas: list[ThreadDelta]) -> tuple[int, int, list[DeadLetter]]:
+    async def _is_worth_halving(self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception]) -> bool:
+        """Say whether one of a few rows goes through alone: a table at fault is not asked about each of them.
+
+        Picked at random, so that with more bad rows than good ones a later try finds a good one.
+        """
+        with session.deadline(self._timeout):
+            await session.connection.execute("SAVEPOINT probe")
+        for delta in self._random.sample(deltas, min(_PROBES, len(deltas))):
+            merged = 0
+            try:
+                with session.deadline(self._timeout):
+                    _, merged = await self._merge_under_savepoint(session, [delta])
+            except Exception as error:
+                if not faults.may_be_of_a_row(error, session.connection, doubts):
+                    raise
+            with session.deadline(self._timeout):
+                # Its lock too: it was taken out of turn.
+                await session.connection.execute("ROLLBACK TO SAVEPOINT probe")
+            if merged:
+                return True
+        return not doubts
+
+    async def _merge_apart(
+        self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception] | None
+    ) -> tuple[int, int, list[DeadLetter]]:
         """Merge what can be; return the rows sent and written, and what stands alone and cannot be."""
         try:
             with session.deadline(self._timeout):
                 sent, merged = await self._merge_under_savepoint(session, deltas)
         except Exception as error:
-            if faults.kind_of(error) != "data" or session.connection.broken:
+            if not faults.may_be_of_a_row(error, session.connection, doubts):
                 raise
             with session.deadline(self._timeout):
                 await session.connection.execute("ROLLBACK TO SAVEPOINT part")
@@ -289,8 +354,8 @@ class PostgresSink:
                 state = getattr(error, "sqlstate", None) or ""
                 return 0, 0, [DeadLetter(deltas[0], faults.dead_reason(error), state, text)]
             middle = len(deltas) // 2
-            first = await self._merge_apart(session, deltas[:middle])
-            second = await self._merge_apart(session, deltas[middle:])
+            first = await self._merge_apart(session, deltas[:middle], doubts)
+            second = await self._merge_apart(session, deltas[middle:], doubts)
             return first[0] + second[0], first[1] + second[1], first[2] + second[2]
         return sent, merged, []
 
@@ -302,6 +367,10 @@ class PostgresSink:
         await connection.execute("RELEASE SAVEPOINT part")
         assert row is not None
         return row[1], row[2]
+
+
+def _identity(batch: Batch) -> tuple[UUID, int, int, int]:
+    return batch.producer, batch.lane, batch.epoch, batch.sequence
 
 
 def _key(batch: Batch) -> dict[str, Any]:
