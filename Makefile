@@ -4,11 +4,12 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --python-version 3.13 --no-annotate \
 	--custom-compile-command 'make requirements'
 
-.PHONY: help demo test test-deploy requirements deploy-files bench soak lint types fmt cov clean
+.PHONY: help demo test test-deploy requirements deploy-files dashboard bench soak soak-journal soak-journal-recovery
+.PHONY: soak-daemon lint types fmt cov clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
 
 # The stamp holds the install; it is made again when the project's metadata changes.
 .venv/installed: pyproject.toml
@@ -38,6 +39,15 @@ bench: .venv/installed  ## what a call costs beside a queue append, as ratios
 soak: .venv/installed  ## faults for SECONDS=60, then: calls made, lost, doubled
 	$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
 
+soak-journal: .venv/installed  ## KILLS=1000 of a process with a journal, then: calls missing, doubled
+	$(BIN)/python -m tests.soak_journal --kills $(or $(KILLS),1000) $(ARGS)
+
+soak-journal-recovery: .venv/installed  ## CALLS=5000000 left by a killed process: seconds and memory
+	$(BIN)/python -m tests.soak_recovery --calls $(or $(CALLS),5000000) $(ARGS)
+
+soak-daemon: .venv/installed  ## daemon, workers and server killed for SECONDS=60, then: calls missing, doubled
+	$(BIN)/python -m tests.daemon.kills --seconds $(or $(SECONDS),60) $(ARGS)
+
 cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=tracker_daemon --cov-branch --cov-report=term $(ARGS)
@@ -63,5 +73,8 @@ fmt: .venv/installed  ## put the code in format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+dashboard: .venv/installed  ## make the Grafana dashboard's JSON anew from its script
+	$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/dashboard.json
+
 clean:  ## remove what the targets made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist .coverage*
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist .coverage*

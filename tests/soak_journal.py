@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CALLERS = 3
+MOST_CALLS = 2_000  # a caller and life
 PLACES = 7
 PATIENCE = 60.0
 TORN = "half-a-record"
@@ -204,8 +205,8 @@ class KillSoak:
         self.in_doubt = 0
         """Calls accepted and not noted that are there."""
         self.seconds = 0.0
+        self._url = ""
         self._deck: list[str] = []
-        self._unknown: list[tuple[UUID, int]] = []
         self._pause = Event()
 
     def run(self) -> bool:
@@ -214,11 +215,14 @@ class KillSoak:
         errors = self.folder / "errors.log"
         with EmbeddedPostgres(self.folder / "pg", settings={"fsync": "off", "max_connections": "50"}) as server:
             run_migrate(server.conninfo)
+            self._url = server.conninfo
             with closing(Victims(errors)) as victims:
                 for number in range(self.kills):
                     self._life(server, victims, f"{number}", self._next_kind())
                     if number % 50 == 49:
                         self.say(f"{number + 1} kills: {sum(map(sum, self.noted.values())):,} calls, {dict(self.met)}")
+            if not server.running:
+                server.start()
             self._drain(server)
             self._compare(server)
         self.seconds = time.monotonic() - began
@@ -234,12 +238,14 @@ class KillSoak:
         return self._deck.pop()
 
     def _life(self, server: EmbeddedPostgres, victims: Victims, name: str, kind: str) -> None:
-        chance, url = self.random, server.conninfo
-        if kind == "server away":
+        chance = self.random
+        if not server.running:
+            kind = "server away"  # still
+        elif kind == "server away":
             server.stop("immediate")
         with closing(Notes(self.folder / "notes")) as notes:
             pid = victims.begin(
-                url=url,
+                url=self._url,
                 journal=str(self.journal),
                 name=name,
                 notes=str(notes.path),
@@ -255,18 +261,16 @@ class KillSoak:
         if restart is not None and restart.ident:
             restart.join()
         self._maybe_tear()
-        if (kind == "server away" and (chance.random() < 0.5 or self._deck == [])) or not server.running:
+        if not server.running and (kind != "server away" or chance.random() < 0.6):
             server.start()
 
     def _settings(self, kind: str) -> dict[str, Any]:
         chance = self.random
-        create_missing = chance.random() < 0.5
         small = kind == "server away" or chance.random() < 0.2
         return {
-            "ensure": not create_missing or chance.random() < 0.3,
             "tracker": {
-                "create_missing": create_missing,
-                "max_batch_size": chance.choice([3, 100, 100, 10_000]),
+                "create_missing": chance.random() < 0.5,
+                "max_batch_size": chance.choice([3, 100, 100, 10_000, 10_000]),
                 "flush_interval": chance.choice([0.002, 0.02, 0.25]),
                 "journal_sync": chance.choice([0, 0.1]),
                 "journal_retain": chance.choice([0, 1, 10]),
@@ -295,7 +299,8 @@ class KillSoak:
             self._until(lambda: notes[Note.RECOVERED_ALL], notes)
         self._pause.wait(chance.uniform(0, 0.3))
         if kind == "flush":
-            self._until(lambda: notes[Note.FLUSHING] > notes[Note.FLUSHED], notes)
+            done = [MOST_CALLS] * CALLERS
+            self._until(lambda: notes[Note.FLUSHING] > notes[Note.FLUSHED] or notes.calls == done, notes)
             self._pause.wait(chance.uniform(0, 0.003))
         elif kind == "close":
             os.kill(pid, signal.SIGTERM)

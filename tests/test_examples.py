@@ -19,6 +19,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import anyio
 import httpx
@@ -47,9 +48,9 @@ def _deadline() -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(server_folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+def folder(server_folder: Path) -> Iterator[Path]:
     """An empty folder, with a short path for sockets, that a server's user can reach."""
-    found = server_folder / f"x{abs(hash(request.node.name)) % 10**8}"
+    found = server_folder / uuid4().hex[:8]
     found.mkdir()
     yield found
     shutil.rmtree(found)
@@ -442,12 +443,14 @@ def test_node_while_the_daemon_is_killed(database: str, folder: Path) -> None:
     ):
         sent = 0
         for _ in range(3):
-            calls.write(lines.make(1_000))
+            calls.write(lines.make(500))
             calls.flush()
             sent += 100
             wait_until(lambda: len(client.said) * 100 > sent, "progress")  # noqa: B023 - called here
             daemon.kill()
             tries = len(client.errors)
+            calls.write(lines.make(500))
+            calls.flush()
             wait_until(lambda: len(client.errors) > tries, "a try that fails")  # noqa: B023 - called here
             sent = len(client.said) * 100
             daemon.token_file.write_text(f"another token, {sent} calls later\n")

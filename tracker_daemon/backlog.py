@@ -293,8 +293,13 @@ class Backlog:
             return self.folded + len(self.queue.waiting())
 
     def seal(self) -> None:
-        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or is in no file."""
+        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or is in no file.
+
+        An empty one is left open: there would be no batch whose end unseals it.
+        """
         journal = self._journal
+        if not (self._window.deltas or (journal is not None and self.queue)):
+            return
         following = None if journal is None else journal.queue.prepare_cut()
         with self.lock:
             if journal is not None and following is not None:

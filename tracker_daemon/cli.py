@@ -66,7 +66,9 @@ def program(context: click.Context) -> None:
     group = context.command
     assert isinstance(group, click.Group)
     known = _variables(group)
-    _refuse_unknown(known, os.environ)
+    # A client's, in an environment for all; to `serve` it would be a token that nobody is asked for.
+    of_clients = set() if context.invoked_subcommand == "serve" else {"TRACKER_TOKEN"}
+    _refuse_unknown({*known.values(), *of_clients}, os.environ)
     found = {parameter: _read_secret(variable, os.environ) for parameter, variable in known.items()}
     given = {parameter: value for parameter, value in found.items() if value is not None}
     context.default_map = _defaults(group, given)
@@ -93,8 +95,8 @@ def _defaults(group: click.Group, given: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown(known: Mapping[str, str], environment: Mapping[str, str]) -> None:
-    names = {*known.values(), *(name + _FILE for name in _SECRET)}
+def _refuse_unknown(known: set[str], environment: Mapping[str, str]) -> None:
+    names = {*known, *(name + _FILE for name in _SECRET)}
     faults = []
     for name in sorted(environment):
         if name.startswith(_PREFIX) and name not in names and not _OF_KUBERNETES.fullmatch(name):
@@ -160,19 +162,38 @@ def _daemon(context: click.Context, parameter: click.Parameter, value: str | Non
     return value
 
 
+class _WrongSetting(click.ClickException):
+    """Starting again would not help; a status of 1 from `serve` says that calls were lost."""
+
+    exit_code = 2
+
+
+def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    if value is None:
+        return None
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise click.BadParameter("must be HOST:PORT", context, parameter)
+    return host.strip("[]"), int(port)
+
+
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn what is the user's or the database's affair into one line and exit status 1."""
+    """Turn what is the user's or the database's affair into one line and exit status 1; a wrong setting, 2."""
     try:
         import psycopg  # noqa: PLC0415 - rule 4
     except ImportError:
         raise click.ClickException("libpq is not installed: pip install 'tracker-daemon[daemon]'") from None
-    from tracker_daemon.errors import TrackerError  # noqa: PLC0415 - rule 4
+    from tracker_daemon.errors import ConfigError, TrackerError  # noqa: PLC0415 - rule 4
 
     try:
         yield
+    except ConfigError as error:
+        raise _WrongSetting(str(error)) from None
     except (psycopg.Error, TrackerError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from None
+        # Of what the server refused its own words, without the place in a statement that nobody typed.
+        text = (isinstance(error, psycopg.Error) and error.diag.message_primary) or str(error)
+        raise click.ClickException(" ".join(text.split())) from None
 
 
 # -- the commands ----------------------------------------------------------------------------------
@@ -183,17 +204,20 @@ def _one_line() -> Iterator[None]:
 @setting("--rate", type=click.FloatRange(0, 100_000, min_open=True), default=20_000.0, help="Calls a second.")
 @setting("--threads", type=click.IntRange(1, 1_000_000), default=5_000, help="Distinct conversations.")
 @setting("--daemon", callback=_daemon, metavar="URL", help="Only traffic, against unix:PATH or http://HOST:PORT.")
-def demo(seconds: float, rate: float, threads: int, daemon: str | None) -> None:
+@setting("--metrics", callback=_address, metavar="HOST:PORT", help="With --daemon: serve the numbers to Prometheus.")
+def demo(seconds: float, rate: float, threads: int, daemon: str | None, metrics: tuple[str, int] | None) -> None:
     """Drive live chat traffic on a Postgres of its own, then give a verdict on every row.
 
     Exits with 0 only if every row is exact and no call was refused or lost. Ctrl-C ends the traffic early. With
     --daemon there is only traffic, against a daemon that runs already: 0 if it has brought every call to the database.
     """
     with _one_line():
+        if metrics is not None and daemon is None:
+            raise click.UsageError("--metrics goes with --daemon")
         if daemon is not None:
             from tracker_daemon.demo.drive import drive  # noqa: PLC0415 - rule 4
 
-            sys.exit(drive(daemon, seconds=seconds, rate=rate, threads=threads))
+            sys.exit(drive(daemon, seconds=seconds, rate=rate, threads=threads, metrics=metrics))
         from tracker_daemon.demo.run import run  # noqa: PLC0415 - rule 4
 
         status = run(seconds=seconds, rate=rate, threads=threads)

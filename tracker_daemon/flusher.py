@@ -86,6 +86,7 @@ class Flusher:
         self._on_error, self._journal = on_error, journal
         self._positions: dict[UUID, Opened] = {}
         self._acknowledged: dict[UUID, Opened] = {}
+        self._missing: tuple[UUID, int, int] | None = None
         self._producer: UUID | None = None
         self._forgotten = False
         self._in_hand: Window | None = None
@@ -201,28 +202,29 @@ class Flusher:
     async def _reach(self, producer: UUID, sequence: int) -> Opened:
         """Return where the ledger stands: right before *sequence*, or at or after it if that is applied already."""
         position = self._positions.get(producer)
-        if position is None:
+        if position is None or position.applied_sequence < sequence - 1:
+            # What was given up in doubt may be there: asked, not guessed.
             position = await self._open(producer)
         if position.applied_sequence < sequence - 1 and self._journal is not None:
             await self._apply_again(producer, position.applied_sequence, sequence)
             position = self._positions.get(producer) or await self._open(producer)
         if position.applied_sequence < sequence - 1:
-            missing = sequence - 1 - position.applied_sequence
-            known = self._acknowledged.get(producer)
-            self._say(
-                "error",
-                "batches_missing",
-                first=position.applied_sequence + 1,
-                last=sequence - 1,
-                batches=missing,
-                forgotten=known is not None and known.applied_sequence > position.applied_sequence,
-            )
-            position = await self._sink.open(producer, self.lane, known=position, after=sequence - 1)
-            self._positions[producer] = position
+            self._tell_missing(producer, position.applied_sequence + 1, sequence - 1)
+            position = await self._open(producer, position, after=sequence - 1)
         return position
 
-    async def _open(self, producer: UUID, known: Opened | None = None) -> Opened:
-        position = await self._sink.open(producer, self.lane, known=self._acknowledged.get(producer, known))
+    def _tell_missing(self, producer: UUID, first: int, last: int) -> None:
+        """Say what the ledger lacks, once, however often moving it on is tried."""
+        if self._missing != (producer, first, last):
+            self._missing = (producer, first, last)
+            known = self._acknowledged.get(producer)
+            forgotten = known is not None and known.applied_sequence >= first
+            self._say("error", "batches_missing", first=first, last=last, batches=last - first + 1, forgotten=forgotten)
+
+    async def _open(self, producer: UUID, known: Opened | None = None, *, after: int = 0) -> Opened:
+        if known is None or not after:
+            known = self._acknowledged.get(producer, known)
+        position = await self._sink.open(producer, self.lane, known=known, after=after)
         if self._journal is not None:
             self._journal.opened(producer, position.epoch, position.database)
         self._positions[producer] = position

@@ -361,6 +361,11 @@ class Tracker(FrontDoor):
         return self._worker.closed and self._pid == os.getpid()
 
     @property
+    def create_missing(self) -> bool:
+        """Whether a turn whose thread has no row creates it."""
+        return self._settings.create_missing
+
+    @property
     def journal(self) -> Journal | None:
         """Where accepted calls are written as well, or `None`; for looking at."""
         return self._journal

@@ -209,10 +209,11 @@ def open_request(body: bytes) -> tuple[UUID, int, Opened | None, int]:
         known = value["known"]
         asked = UUID(value["producer"]), int(value["lane"]), None if known is None else opened_from(known)
         after = int(value["after"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise Malformed(f"the body is no request to open: {error!r}"[:200]) from None
-    if not (0 <= asked[1] < 2**15 and 0 <= after < 2**63):
-        raise Malformed("lane or after is out of range")
+    seen = asked[2] or Opened(0, 0)
+    if not (0 <= asked[1] < 2**15 and 0 <= after < 2**63 and 0 <= seen.epoch < 2**31 - 1):
+        raise Malformed("lane, after or known is out of range")
     return *asked, after
 
 

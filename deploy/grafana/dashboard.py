@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 _SOURCE: Final = DataSourceRef(type_val="prometheus", uid="$datasource")
 _WHO: Final = 'job=~"$job", instance=~"$instance"'
 _WIDTH, _HEIGHT = 8, 8
+_AGE: Final = (
+    "time() - (tracker_oldest_pending_timestamp_seconds{WHO} > 0) or tracker_oldest_pending_timestamp_seconds{WHO}"
+)
+
+
+def _ratio(above: str, below: str) -> str:
+    return f"sum(rate({above}{{WHO}}[$__rate_interval])) / sum(rate({below}{{WHO}}[$__rate_interval]))"
 
 
 def _query(text: str, legend: str, number: int) -> Dataquery:
@@ -58,7 +65,9 @@ def _chart(title: str, unit: str, description: str, *queries: tuple[str, str], s
         .fill_opacity(30 if stacked else 8)
         .show_points(common.VisibilityMode.NEVER)
         .tooltip(common_builders.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI))
-        .legend(common_builders.VizLegendOptions().show_legend(show_legend=True).placement(common.LegendPlacement.BOTTOM))
+        .legend(
+            common_builders.VizLegendOptions().show_legend(show_legend=True).placement(common.LegendPlacement.BOTTOM)
+        )
     )
     if stacked:
         panel = panel.stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL))
@@ -67,9 +76,7 @@ def _chart(title: str, unit: str, description: str, *queries: tuple[str, str], s
     return panel
 
 
-def _number(
-    title: str, unit: str, description: str, text: str, *, limits: Sequence[tuple[float, str]] = ()
-) -> Stat:
+def _number(title: str, unit: str, description: str, text: str, *, limits: Sequence[tuple[float, str]] = ()) -> Stat:
     """Return one large number, green below the first of *limits*, then coloured as they say."""
     steps = [Threshold(None, "green"), *(Threshold(value, color) for value, color in limits)]
     return (
@@ -183,7 +190,7 @@ def _queue() -> list[TimeSeries]:
         _chart(
             "Threads with uncommitted change",
             "short",
-            "The bound is on threads, not on calls. With a journal windows wait in files, and the bound refuses nothing.",
+            "The bound is on threads, not on calls. With a journal windows wait in files, and none is refused.",
             ("tracker_queue_depth{WHO}", "{{instance}}"),
             ("min(tracker_queue_limit{WHO} > 0)", "limit (max_pending)"),
         ),
@@ -197,11 +204,7 @@ def _queue() -> list[TimeSeries]:
             "Oldest pending call",
             "s",
             "Grows by a second a second while nothing is committed.",
-            (
-                "time() - (tracker_oldest_pending_timestamp_seconds{WHO} > 0)"
-                " or tracker_oldest_pending_timestamp_seconds{WHO}",
-                "{{instance}}",
-            ),
+            (_AGE, "{{instance}}"),
         ),
     ]
 
@@ -219,21 +222,15 @@ def _flush() -> list[TimeSeries]:
             "From the oldest call of a batch to its commit: how far a reader of the table is behind.",
             *_quantiles("tracker_commit_lag_seconds"),
         ),
-        _chart("Flush duration", "s", "One transaction, begin to commit.", *_quantiles("tracker_flush_duration_seconds")),
+        _chart(
+            "Flush duration", "s", "One transaction, begin to commit.", *_quantiles("tracker_flush_duration_seconds")
+        ),
         _chart(
             "Threads in a flush",
             "short",
             "Rows a transaction inserts or updates, on average, and calls that each of them stands for.",
-            (
-                "sum(rate(tracker_flush_rows_sum{WHO}[$__rate_interval]))"
-                " / sum(rate(tracker_flush_rows_count{WHO}[$__rate_interval]))",
-                "threads a flush",
-            ),
-            (
-                "sum(rate(tracker_calls_applied_total{WHO}[$__rate_interval]))"
-                " / sum(rate(tracker_flush_rows_sum{WHO}[$__rate_interval]))",
-                "calls a row",
-            ),
+            (_ratio("tracker_flush_rows_sum", "tracker_flush_rows_count"), "threads a flush"),
+            (_ratio("tracker_calls_applied_total", "tracker_flush_rows_sum"), "calls a row"),
         ),
         _chart(
             "Flushes by outcome",

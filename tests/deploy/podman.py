@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.deploy.tools import FOLDER, ROOT, run
+from tests.deploy.manifests import FOLDER, ROOT, run
+from tests.deploy.tools import promtool
 from tests.helpers import wait_until
 
 if TYPE_CHECKING:
@@ -273,17 +274,8 @@ def make_prometheus(podman: Podman) -> str:
         context = podman.folder / "prometheus"
         shutil.rmtree(context, ignore_errors=True)
         shutil.copytree(IMAGES / "prometheus", context)
-        if (program := shutil.which("prometheus")) is None:
-            # Downloaded and unpacked, not installed: the package would start a service.
-            done = subprocess.run(
-                ["apt-get", "download", "prometheus"], cwd=context, capture_output=True, text=True, check=False
-            )
-            package = next(context.glob("*.deb"), None)
-            if package is None:
-                pytest.skip(f"no package of prometheus: {done.stderr.strip()[-300:]}")
-            assert run("dpkg", "-x", package, context / "unpacked").returncode == 0
-            program = str(context / "unpacked/usr/bin/prometheus")
-        shutil.copy(program, context / "prometheus")
+        # The package has both programs; it is unpacked, not installed, since it would start a service.
+        shutil.copy(promtool().resolve().with_name("prometheus"), context / "prometheus")
         podman.build(context, PROMETHEUS)
     return PROMETHEUS
 

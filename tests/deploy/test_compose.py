@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.deploy.tools import DEPLOY, tool
+from tests.deploy.manifests import DEPLOY, tool
 from tests.helpers import wait_until
 
 if TYPE_CHECKING:
@@ -139,9 +139,13 @@ def test_traffic_reaches_the_table(compose: Compose) -> None:
 
 def test_recording_rules(compose: Compose) -> None:
     """The shipped rules are loaded, without a fault, and their recordings have the traffic's rate as value."""
-    wait_until(lambda: compose.value("instance:tracker_calls_applied:rate5m") > 50, "the recorded rate")
-    wait_until(lambda: compose.ask("instance:tracker_commit_lag_seconds:p99_rate5m"), "the recorded lag")
-    assert compose.value('up{job="tracker-daemon"}') == 1
+    wait_until(
+        lambda: compose.value('instance:tracker_calls_applied:rate5m{job="tracker-daemon"}') > 50, "the recorded rate"
+    )
+    wait_until(
+        lambda: compose.ask('instance:tracker_commit_lag_seconds:p99_rate5m{job="tracker-daemon"}'), "the recorded lag"
+    )
+    assert compose.value("sum(up)") == 2
     assert compose.value("sum(prometheus_rule_evaluation_failures_total)") == 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.tools import (
+from tests.deploy.manifests import (
     CASES,
     CHART,
     DEPLOY,

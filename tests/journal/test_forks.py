@@ -9,7 +9,7 @@ import pytest
 
 from tests.digits import Digits
 from tests.faults.harness import sums
-from tests.helpers import Outcome, command, ledger, run_program, running, watchdog
+from tests.helpers import Outcome, command, ledger, run_program, running, wait_until, watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,6 +94,17 @@ def test_parent_and_children_killed(database: str, tmp_path: Path, scene: str) -
         assert exact(database, killed, outcome, with_parent)
     else:
         assert exact(database, killed, outcome)
+
+
+def test_child_that_outlives_its_parent(database: str, tmp_path: Path) -> None:
+    """The parent is killed: its directory is free at once, though a child of it lives, and the child's place is its own."""
+    journal, over = tmp_path / "journal", tmp_path / "journal-over"
+    killed = play("orphan", database, journal, -signal.SIGKILL)
+    after = play("parent_that_works", database, journal)
+    assert [line["applied"] for line in after.said if "applied" in line] == [40]  # not the child's
+    over.touch()
+    wait_until(lambda: not over.exists(), "the child's end")
+    assert exact(database, killed, after)
 
 
 def test_several_trackers_in_one_host(database: str, tmp_path: Path) -> None:

@@ -118,7 +118,21 @@ def test_the_bound_of_the_window() -> None:
     assert len(queue.waiting()) == 43
 
 
-def test_many_threads_beside_the_worker() -> None:  # noqa: C901 - threads and what they do
+def read_beside(queue: SegmentQueue, calls: int) -> list[tuple[list[Record], list[Segment]]]:
+    """Read so many calls while they are made, and end windows in between; return each window and its segments."""
+    random, windows = Random(2), []
+    while calls:
+        window: list[Record] = []
+        for _ in range(random.randrange(1, 4)):
+            queue.drain(window.append, random.randrange(1, 200), NOBODY, 10**6)
+        rest, segments = cut(queue)
+        window += rest
+        windows.append((window, segments))
+        calls -= len(window)
+    return windows
+
+
+def test_many_threads_beside_the_worker() -> None:
     """Eight threads append while the worker reads, and ends windows: each call once, in its thread's order."""
     queue, each, burst, threads = new_queue(1_000), 3_000, 100, 8
     go = threading.Barrier(threads + 1)
@@ -136,18 +150,9 @@ def test_many_threads_beside_the_worker() -> None:  # noqa: C901 - threads and w
         callers = [threading.Thread(target=call, args=(f"t{number}",), daemon=True) for number in range(threads)]
         for caller in callers:
             caller.start()
-        random, ever, bursts = Random(2), 0, 0
-        while ever < each * threads:
-            if ever == bursts * burst * threads:
-                bursts += 1
-                go.wait()
-            window: list[Record] = []
-            for _ in range(random.randrange(1, 4)):
-                queue.drain(window.append, random.randrange(1, 200), NOBODY, 10**6)
-            rest, segments = cut(queue)
-            window += rest
-            windows.append((window, segments))
-            ever += len(window)
+        for _ in range(each // burst):
+            go.wait()
+            windows += read_beside(queue, burst * threads)
         for caller in callers:
             caller.join()
     finally:

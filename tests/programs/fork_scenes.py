@@ -43,7 +43,7 @@ def seen(tracker: Tracker) -> dict[str, Any]:
     """Return what a process sees of a tracker."""
     stats = tracker.stats()
     return {
-        "producer": str(tracker._producer),  # what the ledger will have
+        "producer": str(tracker._backlog.producer),  # what the ledger will have
         "stats": [stats.accepted, stats.applied, stats.dead_lettered, stats.lost, stats.pending, stats.rejected],
         "pending": tracker.pending("t0") is not None,
         "counted": counted(),

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
@@ -140,6 +141,9 @@ def killed_child_next_child_inside_with() -> None:
 
     def child() -> None:
         with tracker:
+            tick = Event()
+            while tracker._worker._event is None:  # it has looked, found nothing, and waits
+                tick.wait(0.01)
             make(tracker, "next")
             tracker.flush(20)
             say("next", place=place(tracker), applied=tracker.stats().applied)
@@ -174,6 +178,30 @@ def group_killed() -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         join(pid)
+    killed()
+
+
+def orphan() -> None:
+    """The parent is killed, a child of it lives on, until there is a file `over` beside the journal."""
+    tracker = new_tracker()
+    make(tracker, "parent")
+
+    def child() -> None:
+        os.setpgid(0, 0)  # not ended with the rest; an alarm ends it
+        make(tracker, "child")
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.write(write, b".")
+        for stream in (1, 2):  # whoever waits for the parent's end waits for its output's
+            os.dup2(silence, stream)
+        over, tick = Path(f"{DIRECTORY}-over"), Event()
+        while not over.exists():
+            tick.wait(0.01)
+        tracker.close()
+        over.unlink()
+
+    read, write = os.pipe()
+    fork(child)
+    os.read(read, 1)
     killed()
 
 

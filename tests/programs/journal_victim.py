@@ -2,7 +2,7 @@
 
 python journal_victim.py, then one JSON object a line on standard input, each a life to begin in a fork of its own:
 
-    {"url": ..., "journal": DIR, "name": ..., "notes": FILE, "callers": 3, "ensure": bool, "close_within": seconds,
+    {"url": ..., "journal": DIR, "name": ..., "notes": FILE, "callers": 3, "close_within": seconds,
      "tracker": {settings}}
 
 Answers with {"pid": N}, and {"ended": N, "status": S} when that life has. `tests/soak_journal.py` has the meaning of
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry
 
 from tests import soak_journal
-from tests.soak_journal import Note
+from tests.soak_journal import MOST_CALLS, Note
 from tracker_daemon import Tracker
 from tracker_daemon.backlog import Backlog
 from tracker_daemon.flusher import Flusher
@@ -79,12 +79,13 @@ def watch(notes: memoryview) -> None:
     PostgresSink.apply = watched_apply  # type: ignore[method-assign]
 
 
-def call(tracker: Tracker, name: str, caller: int, notes: memoryview, *, ensure: bool) -> None:
-    """Make calls until the tracker takes no more; note each that was accepted."""
+def call(tracker: Tracker, name: str, caller: int, notes: memoryview) -> None:
+    """Make calls, until there are enough or the tracker takes no more; note each that was accepted."""
     pause, number = threading.Event(), 0
-    while not tracker.closed:
+    while not tracker.closed and number < MOST_CALLS:
         thread_id, tokens = soak_journal.call(name, caller, number)
-        if tokens == 1 and ensure and not tracker.ensure_conversation(thread_id):
+        # First the row: a window is applied with the setting of whoever recovers it, which may make none for a turn.
+        if tokens == 1 and not tracker.ensure_conversation(thread_id):
             notes[Note.REFUSED] += 1
             pause.wait(0.001)
             continue
@@ -108,9 +109,7 @@ def live(life: dict[str, Any]) -> None:
     notes[Note.RECOVERED_ALL] = not tracker._backlog.recovering
     notes[Note.PRODUCER], notes[Note.PRODUCER + 1] = divmod(tracker._backlog.producer.int, 1 << 64)
     callers = [
-        threading.Thread(
-            target=call, args=(tracker, life["name"], caller, notes), kwargs={"ensure": life["ensure"]}, daemon=True
-        )
+        threading.Thread(target=call, args=(tracker, life["name"], caller, notes), daemon=True)
         for caller in range(life["callers"])
     ]
     for each in callers:

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from tracker_daemon.batch import Batch
     from tracker_daemon.daemon.admission import Admission
     from tracker_daemon.daemon.service import Service
+    from tracker_daemon.generation import Record
 
     Handler = Callable[[Request], Awaitable[Response]]
 
@@ -194,7 +196,7 @@ class _Api:
                 service.count_refused(len(refused.errors))
                 raise Answer(400, {"errors": refused.errors}) from None
             if "tracker-producer" in request.headers or "tracker-sequence" in request.headers:
-                batch = ingest.batch_of(wire.producer(request.headers), wire.sequence(request.headers), records)
+                batch = self._batch(request, records)
                 applied = await service.relay.apply(batch)
                 answer = {"accepted": len(records), "duplicate": applied.duplicate}
                 return JSONResponse(answer, 200 if wait else 202)
@@ -206,8 +208,18 @@ class _Api:
                 status = 503 if bound == "closed" else 429
                 raise Answer(status, {"error": f"not accepted: {bound} is reached"}, _RETRY)
         if wait:
-            await service.tracker.aflush(_WAIT)
+            try:
+                await service.tracker.aflush(_WAIT)
+            except FlushTimeout:
+                wait = None  # the calls are taken: an answer that asks for them again would count them twice
         return JSONResponse({"accepted": len(records)}, 200 if wait else 202)
+
+    def _batch(self, request: Request, records: list[Record]) -> Batch:
+        producer, sequence = wire.producer(request.headers), wire.sequence(request.headers)
+        try:
+            return ingest.batch_of(producer, sequence, records, create_missing=self._service.tracker.create_missing)
+        except ingest.Refused as refused:
+            raise Answer(400, {"errors": refused.errors}) from None
 
     # -- trackers ----------------------------------------------------------------------------------
 
@@ -229,8 +241,10 @@ class _Api:
 
     async def close(self, request: Request) -> Response:
         producer = request.path_params["producer"]
-        last = wire.closed_at(request.query_params)
-        await self._service.relay.mark_closed(producer, request.path_params["lane"], last)
+        last, lane = wire.closed_at(request.query_params), request.path_params["lane"]
+        if lane >= 2**15:
+            raise wire.Malformed("the lane is out of range")
+        await self._service.relay.mark_closed(producer, lane, last)
         return Response(status_code=204)
 
     # -- operators ---------------------------------------------------------------------------------

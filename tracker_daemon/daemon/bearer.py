@@ -37,7 +37,7 @@ class Token:
             status = self._path.stat()
             value = first_line(self._path.read_bytes())
         except OSError as error:
-            raise ConfigError("token_file", f"cannot be read: {error}", str(self._path)) from None
+            raise ConfigError("token_file", f"cannot be read: {error.strerror}", str(self._path)) from None
         if len(value) < _LEAST or not value.isascii():
             raise ConfigError("token_file", f"must hold at least {_LEAST} characters, of ASCII", str(self._path))
         self._value, self._seen = value, (status.st_mtime_ns, status.st_ino, status.st_size)

@@ -167,9 +167,17 @@ def _instant(value: Any, now: int) -> int:
     raise _Wrong(f"at must be an instant with its offset (RFC 3339), got {shown(value)}")
 
 
-def batch_of(producer: UUID, sequence: int, records: Iterable[Record]) -> Batch:
-    """Return *records* as the batch of a client without lives."""
-    generation = Generation(create_missing=True)
+def batch_of(producer: UUID, sequence: int, records: Iterable[Record], *, create_missing: bool) -> Batch:
+    """Return *records* as the batch of a client without lives.
+
+    Raises:
+        Refused: a thread is ensured after other calls on it, which would find no row with *create_missing* off; a batch
+            holds a thread once.
+    """
+    generation = Generation(create_missing=create_missing)
     for record in records:
         generation.fold(record)
+    if late := next(iter(generation.followers), None):
+        fault = f"ensure_conversation of {shown(late)} must come before its other calls, or in a later request"
+        raise Refused([{"line": None, "error": fault}])
     return Batch(producer, 0, 0, sequence, tuple(generation.all()))

@@ -18,6 +18,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -87,7 +88,11 @@ def _remove_stale(address: Listen) -> None:
     try:
         status = path.lstat()
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fault = f"cannot be had: the directory {path.parent} cannot be made: {error.strerror}"
+            raise ConfigError("listen", fault, str(address)) from None
         return
     except OSError as error:
         raise ConfigError("listen", f"cannot be had: {error.strerror}", str(address)) from None
@@ -134,7 +139,7 @@ def bind_all(options: Options) -> list[socket.socket]:
 # -- the server ------------------------------------------------------------------------------------
 
 
-def _protocol(options: Options) -> type[H11Protocol]:
+def _protocol(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of small methods
     """Return uvicorn's protocol with bounds on connections and on the time for a request's head."""
 
     class Bounded(H11Protocol):
@@ -155,6 +160,11 @@ def _protocol(options: Options) -> type[H11Protocol]:
                 self._forget()
             elif self._late is None:
                 self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._late is None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self._watch()  # the beginning of the next head came with this request
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()

@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,17 +208,16 @@ class _Json(logging.Formatter):
         fields = dict(getattr(record, "tracker", None) or {"event": record.getMessage()})
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        at = self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z"
-        line = {"time": at, "level": record.levelname.lower(), "logger": record.name, **fields}
+        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name}
+        line |= {"event": fields.pop("event", None), **fields}
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
 def _log_to_stderr(plan: Plan) -> None:
     handler = logging.StreamHandler(sys.stderr)
     formatter = _Json() if plan.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    import time  # noqa: PLC0415
-
     formatter.converter = time.gmtime
+    formatter.default_time_format, formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 State = Literal["ready", "not_ready", "draining"]
 _SAMPLE: Final = 1.0
 _PROBE: Final = 2.0
+_TELL_AGAIN: Final = 300.0
 _ERRORS: Final = 50
 _TEXT: Final = 400
 
@@ -92,7 +93,7 @@ class Service:
 
     def note(self, error: BaseException) -> None:
         """Keep an error for the status page. Called from any thread."""
-        text = " ".join(str(error).split())[:_TEXT]
+        text = self._shown(error)
         self._errors.appendleft({"at": round(time.time(), 3), "class": kind_of(error), "text": text})
 
     def count_refused(self, calls: int) -> None:
@@ -115,21 +116,29 @@ class Service:
             await anyio.sleep(_SAMPLE)
 
     async def _probe(self) -> None:
-        told = None
+        told, told_at = "", 0.0
         while True:
             try:
                 await self.relay.probe()
-                fault = None
             except TrackerError as error:
                 fault = " ".join(str(error).split())[:_TEXT]
-                if fault != told:
+                self._fault = self._shown(error)
+                if fault != told or self._clock.monotonic() - told_at > _TELL_AGAIN:
+                    told, told_at = fault, self._clock.monotonic()
                     self.note(error)
-            if fault != told or (fault is None and self._fault is not None):
-                get_logger().log(_INFO if fault is None else _WARNING, "readiness", ready=fault is None, reason=fault)
-            self._fault = told = fault
-            if fault is None:
+                    get_logger().warning("not_ready", reason=fault)
+            else:
+                if self._fault is not None:
+                    get_logger().info("ready")
+                told, self._fault = "", None
                 self.became_ready.set()
             await anyio.sleep(_PROBE)
+
+    def _shown(self, error: BaseException) -> str:
+        """Return an error as whoever asks may see it: libpq's words name hosts and users."""
+        if all(address.is_loopback for address in self.options.listen):
+            return " ".join(str(error).split())[:_TEXT]
+        return f"the database cannot be written: {kind_of(error)}; the log has the words"
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -202,6 +211,3 @@ class Service:
         return Journal(
             directory=str(journal.directory), bytes=journal.bytes, segments=journal.files, degraded=journal.degraded
         )
-
-
-_INFO, _WARNING = 20, 30

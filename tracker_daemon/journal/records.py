@@ -313,7 +313,7 @@ class Header:
     created_at: int
 
     def encode(self) -> bytes:
-        """Return the first 96 bytes of a file."""
+        """Return the first bytes of a file."""
         head = _HEADER.pack(
             MAGIC,
             VERSION,
