@@ -7,6 +7,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
+import httpx
 import psycopg
 import pytest
 from click.testing import CliRunner
@@ -151,12 +153,12 @@ def test_signal_before_the_traffic(folder: Path) -> None:
 @contextmanager
 def daemon(database: str, folder: Path) -> Iterator[str]:
     """A daemon on a socket in *folder*; gives its URL once it is ready."""
-    socket = folder / "tracker.sock"
-    command = [sys.executable, "-m", "tracker_daemon", "serve", "--database", database, "--listen", f"unix:{socket}"]
+    path = folder / "tracker.sock"
+    command = [sys.executable, "-m", "tracker_daemon", "serve", "--database", database, "--listen", f"unix:{path}"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            wait_until(lambda: ask(Listen(path=socket), 5.0)[0], "the daemon")
-            yield f"unix:{socket}"
+            wait_until(lambda: ask(Listen(path=path), 5.0)[0], "the daemon")
+            yield f"unix:{path}"
         finally:
             process.terminate()
             process.wait(timeout=30)
@@ -192,6 +194,38 @@ def test_signal_ends_the_traffic_against_a_daemon(database: str, folder: Path) -
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert re.search(r"^APPLIED  ", output, re.MULTILINE)
+
+
+def test_numbers_for_prometheus(database: str, folder: Path) -> None:
+    """With --metrics the tracker's numbers are served while the traffic lasts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        daemon(database, folder) as url,
+        running(folder, "--daemon", url, "--metrics", f"127.0.0.1:{port}", "--seconds", "600", *SMALL) as process,
+    ):
+        line_with(process, "1.0 s  chat traffic")
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    (accepted,) = re.findall(r'^tracker_calls_accepted_total\{call="record_turn"\} (\S+)$', text, re.MULTILINE)
+    assert float(accepted) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--metrics", "127.0.0.1:9101"), "--metrics goes with --daemon"),
+        (("--daemon", "unix:x", "--metrics", "9101"), "must be HOST:PORT"),
+        (("--daemon", "unix:x", "--metrics", "h:99999"), "must be HOST:PORT"),
+    ],
+)
+def test_wrong_address_for_prometheus(arguments: tuple[str, ...], message: str) -> None:
+    """What is no address, or has no traffic of its own to show, is refused."""
+    result = CliRunner().invoke(program, ["demo", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_no_daemon_there(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,6 +168,15 @@ class _WrongSetting(click.ClickException):
     exit_code = 2
 
 
+def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    if value is None:
+        return None
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise click.BadParameter("must be HOST:PORT", context, parameter)
+    return host.strip("[]"), int(port)
+
+
 @contextmanager
 def _one_line() -> Iterator[None]:
     """Turn what is the user's or the database's affair into one line and exit status 1; a wrong setting, 2."""
@@ -195,17 +204,20 @@ def _one_line() -> Iterator[None]:
 @setting("--rate", type=click.FloatRange(0, 100_000, min_open=True), default=20_000.0, help="Calls a second.")
 @setting("--threads", type=click.IntRange(1, 1_000_000), default=5_000, help="Distinct conversations.")
 @setting("--daemon", callback=_daemon, metavar="URL", help="Only traffic, against unix:PATH or http://HOST:PORT.")
-def demo(seconds: float, rate: float, threads: int, daemon: str | None) -> None:
+@setting("--metrics", callback=_address, metavar="HOST:PORT", help="With --daemon: serve the numbers to Prometheus.")
+def demo(seconds: float, rate: float, threads: int, daemon: str | None, metrics: tuple[str, int] | None) -> None:
     """Drive live chat traffic on a Postgres of its own, then give a verdict on every row.
 
     Exits with 0 only if every row is exact and no call was refused or lost. Ctrl-C ends the traffic early. With
     --daemon there is only traffic, against a daemon that runs already: 0 if it has brought every call to the database.
     """
     with _one_line():
+        if metrics is not None and daemon is None:
+            raise click.UsageError("--metrics goes with --daemon")
         if daemon is not None:
             from tracker_daemon.demo.drive import drive  # noqa: PLC0415 - rule 4
 
-            sys.exit(drive(daemon, seconds=seconds, rate=rate, threads=threads))
+            sys.exit(drive(daemon, seconds=seconds, rate=rate, threads=threads, metrics=metrics))
         from tracker_daemon.demo.run import run  # noqa: PLC0415 - rule 4
 
         status = run(seconds=seconds, rate=rate, threads=threads)

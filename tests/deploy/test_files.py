@@ -187,10 +187,12 @@ def test_compose_mounts_exist() -> None:
 
 
 def test_scrape_of_compose() -> None:
-    """Prometheus scrapes the daemon's port, under the job that the alerts know."""
+    """Prometheus scrapes the daemon's port, under the job that the alerts know, and the traffic's."""
     config = yaml.safe_load((DEPLOY / "compose/prometheus.yml").read_text(encoding="utf-8"))
-    (job,) = config["scrape_configs"]
+    job, chat = config["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
+    port = COMPOSE["services"]["traffic"]["environment"]["TRACKER_METRICS"].rpartition(":")[2]
+    assert chat["static_configs"][0]["targets"] == [f"traffic:{port}"]
     listen = COMPOSE["services"]["daemon"]["environment"]["TRACKER_LISTEN"]
     assert job["job_name"] == "tracker-daemon"
     assert target == f"daemon:{listen.rpartition(':')[2]}"

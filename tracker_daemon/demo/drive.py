@@ -9,7 +9,11 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from prometheus_client import start_http_server
 
 from tracker_daemon import Tracker
 from tracker_daemon.demo.driving import Driving
@@ -17,8 +21,11 @@ from tracker_daemon.demo.figures import Report
 from tracker_daemon.demo.screen import screen
 from tracker_daemon.demo.signals import Signals
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-def drive(url: str, *, seconds: float, rate: float, threads: int) -> int:
+
+def drive(url: str, *, seconds: float, rate: float, threads: int, metrics: tuple[str, int] | None = None) -> int:
     """Drive the traffic; return the exit status: 0 only if the daemon has brought every call to the database.
 
     Args:
@@ -26,12 +33,14 @@ def drive(url: str, *, seconds: float, rate: float, threads: int) -> int:
         seconds: how long the traffic lasts.
         rate: calls a second.
         threads: distinct conversations.
+        metrics: host and port where Prometheus finds the tracker's numbers, as in a chat server.
 
     Raises:
         ConfigError: *url* cannot be used.
+        OSError: *metrics* cannot be had.
     """
     tracker = Tracker(url)
-    with screen() as shown, Signals() as signals:
+    with screen() as shown, Signals() as signals, _served(metrics):
         shown.head(f"tracker-daemon {version('tracker-daemon')} demo")
         where, _, _ = url.partition("?")
         shown.say(f"chat traffic against {where} for {seconds:g} s at {rate:,.0f} calls a second; Ctrl-C ends it early")
@@ -50,6 +59,21 @@ def drive(url: str, *, seconds: float, rate: float, threads: int) -> int:
         report = _report(driving, tracker)
         shown.report(report)
     return 0 if report.exact else 1
+
+
+@contextmanager
+def _served(metrics: tuple[str, int] | None) -> Iterator[None]:
+    if metrics is None:
+        yield
+        return
+    host, port = metrics
+    server, thread = start_http_server(port, host)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _report(driving: Driving, tracker: Tracker) -> Report:
