@@ -150,9 +150,9 @@ def test_gone_in_the_middle(daemon: Daemon) -> None:
 
 
 def test_a_thousand_connections(database: str) -> None:
-    """A thousand connections at once, of processes with the usual limit on files: each of them is served."""
+    """A thousand connections at once, to a process that was given a low limit on files: each of them is served."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1_024, hard), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
     try:
         with serving(database) as daemon:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(4_096, hard), hard))
