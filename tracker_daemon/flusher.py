@@ -325,6 +325,12 @@ class Flusher:
         assert self._journal is not None
         self._journal.check_synced(window.paths)
         generation = await self._read(window)
+        if window.damage:
+            if window.first <= position.applied_sequence:
+                raise JournalError(
+                    f"{window.damage[0]}; a part of its window was applied, the rest cannot be told apart"
+                )
+            self._journal.skipped += map(str, window.damage)
         self._in_hand = window
         self._backlog.recover(generation)
         calls = generation.calls
@@ -379,7 +385,8 @@ class Flusher:
 
     async def _read(self, window: Window) -> Generation:
         generation = Generation(create_missing=window.create_missing)
-        for number, item in enumerate(window.read()):
+        skip = self._journal is not None and self._journal.skip_damage
+        for number, item in enumerate(window.read(skip_damage=skip)):
             take(generation, item)
             if not number % _BREATH:
                 await anyio.lowlevel.checkpoint()  # lets go of the interpreter
