@@ -164,7 +164,8 @@ class Window:
                     fault = "bytes that are no record" if torn else "nothing, where records were"
                     raise Damage(file.path, offset, fault)
                 # The disk may have kept what came later, and lost this.
-                found = find_record(file.map, offset + 1, file.size) if torn else None
+                written = min(file.size, offset + len(rest.rstrip(b"\0")) + _END_SIZE)  # a mark may end in zeros
+                found = find_record(file.map, offset + 1, written) if torn else None
                 passed = len(rest[: None if found is None else found - offset].rstrip(b"\0"))
                 if offset < file.synced_at:
                     self.damage.append(Damage(file.path, offset, f"{passed} bytes that are no record"))
