@@ -146,7 +146,7 @@ def test_manager_is_told(database: str, folder: Path) -> None:
         manager.setblocking(False)
         where = "@" + str(folder / "abstract")
         with serving(f"host=127.0.0.1 port={port}", ready=False, NOTIFY_SOCKET=where) as daemon:
-            daemon.says("readiness")
+            daemon.says("not_ready")
             with suppress(BlockingIOError):
                 pytest.fail(f"told too early: {manager.recv(4_096)!r}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
 
 from tests.digits import Digits
@@ -13,6 +14,7 @@ from tests.faults.servers import catch_up, cut_off, promote
 from tests.faults.test_failover import digits_of, flush_calls, primary_and_standby, regressions
 from tests.helpers import ledger, wait_until
 from tests.journal.forgetful import ForgetfulSink, told
+from tracker_daemon import MemorySink
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -163,22 +165,41 @@ def test_forgotten_while_an_earlier_life_is_recovered(tmp_path: Path, trackers: 
         assert digits.read(sink.sums).exact, (at, back_to)
 
 
-@pytest.mark.parametrize("at", range(2, 6))
-def test_forgotten_once_the_process_is_gone(tmp_path: Path, trackers: Trackers, at: int) -> None:
-    """The database goes back between two processes, twice: each time the next one gives it everything again."""
-    for back_to in range(1, at):
-        digits, sink, journal = Digits(), ForgetfulSink(), tmp_path / f"{back_to}"
-        sink.back_to = back_to
-        for _ in range(3):
-            tracker = trackers(sink, journal=journal, max_batch_size=4, flush_interval=600)
-            calls(tracker, digits, 4 * at)
-            tracker.flush(PATIENCE)
-            tracker.close()
-            sink.forget()
-        tracker = trackers(sink, journal=journal)
+@pytest.mark.parametrize("back_to", range(1, 6))
+def test_forgotten_once_the_process_is_gone(tmp_path: Path, trackers: Trackers, back_to: int) -> None:
+    """The database goes back between two processes, three times: each time the next one gives it everything again."""
+    digits, sink = Digits(), ForgetfulSink()
+    for _ in range(3):
+        tracker = trackers(sink, journal=tmp_path, max_batch_size=4, flush_interval=600)
+        tracker.flush(PATIENCE)
+        sink.back_to = len(sink.batches) + back_to
+        calls(tracker, digits, 20)
         tracker.flush(PATIENCE)
         tracker.close()
         assert digits.read(sink.sums).exact
+        sink.forget()
+    tracker = trackers(sink, journal=tmp_path)
+    tracker.flush(PATIENCE)
+    tracker.close()
+    assert digits.read(sink.sums).exact
+
+
+def test_registration_that_is_forgotten(tmp_path: Path, trackers: Trackers, caplog: pytest.LogCaptureFixture) -> None:
+    """The ledger does not know an earlier life that it had registered: nothing is guessed. It is told, the files stay."""
+    digits, sink = Digits(), MemorySink()
+    tracker = trackers(sink, journal=tmp_path, flush_interval=600)
+    calls(tracker, digits)
+    tracker.flush(PATIENCE)
+    tracker.close()
+    kept = {path.name for path in tmp_path.glob("*.journal")}
+    sink.ledger.clear()  # and the rows are there: applied again they would be doubled
+    tracker = trackers(sink, journal=tmp_path, flush_interval=600)
+    calls(tracker, digits)
+    tracker.flush(PATIENCE)
+    tracker.close()
+    assert digits.read({thread_id: row.total_tokens for thread_id, row in sink.rows.items()}).exact
+    assert len(told(caplog, "journal_set_aside")) == 1
+    assert kept <= {path.name for path in tmp_path.glob("*.journal")}
 
 
 # -- what is not kept --------------------------------------------------------------------------------
@@ -243,3 +264,22 @@ def test_kept_window_that_cannot_be_read(tmp_path: Path, trackers: Trackers, cap
     assert sorted(verdict.missing) == sorted((f"t-{i}", 3) for i in range(10))
     assert [(each["first"], each["last"]) for each in told(caplog, "batches_missing")] == [(4, 4)]
     assert len(told(caplog, "journal_unreadable")) >= 1
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_ledger_row_that_was_collected(database: str, tmp_path: Path, trackers: Trackers, windows: int) -> None:
+    """A day after a clean close the ledger's row is collected: what the journal still keeps of that life is not doubled."""
+    digits = Digits()
+    tracker = trackers(database, journal=tmp_path, flush_interval=600)
+    for _ in range(windows):
+        calls(tracker, digits)
+        tracker.flush(PATIENCE)
+    tracker.close()
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("UPDATE tracker_ledger SET closed_at = now() - interval '2 days'")
+    for _ in range(2):
+        tracker = trackers(database, journal=tmp_path, flush_interval=600)
+        calls(tracker, digits)
+        tracker.flush(PATIENCE)
+        tracker.close()
+    assert digits.read(sums(database)).exact

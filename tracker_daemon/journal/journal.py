@@ -570,8 +570,12 @@ class Journal:
         self._ended = True
         left = self.queue.end()
         self._unsynced += [segment for segment in left if segment.path is not None and not segment.is_empty]
+        calls = {segment.path for segment in left if not segment.is_empty}
+        others = any(producer_of(path.name) == self.producer for path in self._sizes.keys() - {s.path for s in left})
         for segment in left:
-            if segment.path is None or segment.is_empty:
+            # A mark that the ledger knows this life stays as long as its windows: they may have been begun before.
+            marks = segment.is_empty and segment.end > HEADER_SIZE and (others or bool(calls))
+            if segment.path is None or (segment.is_empty and not marks):
                 self._drop([segment])
             else:
                 with suppress(OSError):

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 SUFFIX: Final = ".journal"
 _SEALED: Final = re.compile(r"([0-9a-f]{32})-(\d{16})-(\d{4,})\.journal")
 _OPEN: Final = re.compile(r"([0-9a-f]{32})-open-(\d{8})\.journal")
-_CHUNK: Final = 1 << 16
 _END_SIZE: Final = len(encode_mark(End(0, 0, 0)))
 
 
