@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BEARER: Final = "bearer-of-the-test"
 _WORD: Final = "word-of-the-test"
 UID: Final = 10001
+READ_ONLY: Final = ("--read-only", "--read-only-tmpfs=false")
+"""As Docker and Kubernetes understand it: podman would leave /tmp writable."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Stack:
         options = [f"--env={key}={value}" for key, value in settings.items()]
         with self.podman.container(
             name,
-            "--read-only",
+            *READ_ONLY,
             "--cap-drop=ALL",
             "--security-opt=no-new-privileges",
             f"--network={self.network}",
@@ -123,7 +125,7 @@ def stack(podman: Podman, image: str, postgres_image: str, name: str) -> Iterato
         ),
     ):
         wait_until(lambda: podman.try_("exec", server, "pg_isready").returncode == 0, "Postgres")
-        once = ("run", "--pull", "never", "--rm", "--read-only", f"--network={network}", mount)
+        once = ("run", "--pull", "never", "--rm", *READ_ONLY, f"--network={network}", mount)
         environment = "--env=TRACKER_DATABASE_FILE=/etc/tracker-daemon/database"
         podman(*once, environment, image, "migrate")
         yield Stack(podman, image, network, server, secrets)

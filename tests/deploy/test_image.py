@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.deploy.podman import PYTHON
-from tests.deploy.stack import Stack, client, post, stack
+from tests.deploy.manifests import ROOT
+from tests.deploy.podman import DAEMON, PYTHON
+from tests.deploy.stack import READ_ONLY, Stack, client, post, stack
 from tests.helpers import wait_until
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def test_content(podman: Podman, daemon_image: str) -> None:
     command -v gcc cc c++ make
     ls -d /src /wheels /dist /opt/tracker/lib/python3*/site-packages/pip
     find / -xdev -perm /6000 -newer /opt/tracker/bin/python -type f
-    for each in / /opt/tracker /etc /var/lib/tracker /run/tracker-daemon; do
+    for each in / /tmp /var/tmp /opt/tracker /etc /var/lib/tracker /run/tracker-daemon; do
         touch "$each/written" && echo "may write in $each"
     done
     tracker-daemon --version
@@ -78,7 +79,7 @@ def test_content(podman: Podman, daemon_image: str) -> None:
         "--pull",
         "never",
         "--rm",
-        "--read-only",
+        *READ_ONLY,
         "--entrypoint",
         "sh",
         daemon_image,
@@ -164,3 +165,17 @@ def test_kill_loses_nothing(system: Stack, folder: Path) -> None:
             wait_until(lambda: system.turns() >= before + 300, "the journal's calls")
             post(folder, 1, wait=True)
     assert system.turns() == before + 301
+
+
+def test_embedded(podman: Podman, daemon_image: str) -> None:
+    """The image of `--target embedded` needs nothing else: it is ready by itself, takes traffic, and ends with 0."""
+    image = f"{DAEMON}-embedded"
+    assert image != daemon_image
+    podman.build(ROOT, image, "--target", "embedded")
+    database = "--env=TRACKER_DATABASE=embedded:/var/lib/tracker/postgres"
+    with podman.container("embedded", *READ_ONLY, "--cap-drop=ALL", database, image) as name:
+        wait_until(lambda: podman.healthy(name), "the daemon")
+        traffic = ("demo", "--daemon", "unix:/run/tracker-daemon/tracker.sock", "--seconds", "1", "--rate", "200")
+        assert "APPLIED" in podman("exec", "--env", "TRACKER_DATABASE=", name, "tracker-daemon", *traffic)
+        podman("stop", "--time", "50", name)
+        assert podman.inspect(name)["State"]["ExitCode"] == 0, podman.log(name)
