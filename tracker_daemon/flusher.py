@@ -87,6 +87,8 @@ class Flusher:
         self._acknowledged: dict[UUID, Opened] = {}
         self._producer: UUID | None = None
         self._forgotten = False
+        self._in_hand: Window | None = None
+        self._recovered_until: dict[UUID, int] = {}
         self._log = get_logger()
         self._rated = Rated(clock)
         self._random = Random()  # noqa: S311 - jitter
@@ -122,6 +124,7 @@ class Flusher:
                 window = backlog.head_window
                 if self._journal is not None and window is not None:
                     await self._make_durable(window)
+                self._in_hand = backlog.head_window
                 last = self._numbers.last_success
                 # The old identity's ledger row may be collected soon.
                 name = backlog.name(renew=bool(last) and self._clock.wall() - last > _DAY)
@@ -232,7 +235,10 @@ class Flusher:
     async def _apply_again(self, producer: UUID, after: int, before: int) -> None:
         """Apply what the journal has kept of *producer*'s batches after the first and before the second sequence."""
         assert self._journal is not None
-        for window in self._journal.retained(producer):
+        kept = self._journal.retained(producer)
+        if self._in_hand is not None and self._in_hand.producer == producer:
+            kept.append(self._in_hand)  # some of its batches may be applied, and forgotten, too
+        for window in kept:
             if window.first < before and (window.last is None or window.last > after):
                 calls = 0
                 try:
@@ -294,7 +300,11 @@ class Flusher:
             following = life.windows[number + 1].first if number + 1 < len(life.windows) else None
             last = window.last if window.last is not None else following and following - 1
             position = self._positions.get(producer, position)
-            if last is None or last > position.applied_sequence:
+            begun = self._in_hand is not None and (self._in_hand.producer, self._in_hand.first) == (
+                producer,
+                window.first,
+            )
+            if begun or last is None or last > position.applied_sequence:
                 calls += await self._recover_window(window, position)
             journal.recovered_window(window)
         journal.recovered_life(life)
@@ -306,17 +316,22 @@ class Flusher:
         assert self._journal is not None
         self._journal.check_synced(window.paths)
         generation = await self._read(window)
-        self._backlog.recover(generation)
-        calls = generation.calls
-        for number, deltas in enumerate(generation.batches(window.max_batch_size)):
-            sequence = window.first + number
+        settled = self._recovered_until.get(window.producer, 0)
+        batches = enumerate(generation.batches(window.max_batch_size), window.first)
+        left = [(sequence, deltas) for sequence, deltas in batches if sequence > settled]
+        self._backlog.recover(deltas for _, deltas in left)
+        self._in_hand = window
+        calls = 0
+        for sequence, deltas in left:
             if sequence <= position.applied_sequence:
                 applied = Applied(rows=0, duplicate=True)
             else:
                 applied = await self._apply(window.producer, sequence, deltas)
             self._backlog.settle_recovered(deltas, applied)
-        self._journal.recovered += calls
-        self._journal.torn += window.torn
+            self._recovered_until[window.producer] = sequence
+            found = sum(delta.calls for delta in deltas)
+            self._journal.recovered += found
+            calls += found
         return calls
 
     async def _persist(self, do: Callable[[], Awaitable[Opened]]) -> Opened:
