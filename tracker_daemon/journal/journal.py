@@ -112,6 +112,7 @@ class Journal:
         self._locks: list[DirectoryLock] = []
         self._left: dict[UUID, list[Path]] = {}
         self._not_synced: dict[Path, OSError] = {}
+        self._recovered_windows: set[tuple[UUID, int]] = set()
         self._attaching = RLock()
         self._adopted = self._ended = False
         self.directory = directory
@@ -408,8 +409,11 @@ class Journal:
             yield life, None
 
     def recovered_window(self, window: Window) -> None:
-        """All of *window* is in the database."""
-        self.applied(window)
+        """All of *window* is in the database. Told again when the recovery was cut short and has begun anew."""
+        if (name := (window.producer, window.first)) not in self._recovered_windows:
+            self._recovered_windows.add(name)
+            self.torn += window.torn
+            self.applied(window)
 
     def recovered_life(self, life: Life) -> None:
         """All of *life* is in the database."""
