@@ -352,7 +352,6 @@ class Flusher:
             found = sum(delta.calls for delta in deltas)
             self._journal.recovered += found
             calls += found
-        self._journal.torn += window.torn
         return calls
 
     async def _persist(self, do: Callable[[], Awaitable[Opened]]) -> Opened:
