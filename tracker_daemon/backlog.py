@@ -141,7 +141,7 @@ class Backlog:
         self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
         self._threads = 0
-        self._recovered = 0
+        self._recovered = Counter[str]()
         self._turn = RLock()
         self._waiting: set[str] | None = None
         self._moves = self._new = 0
@@ -457,25 +457,31 @@ class Backlog:
                 _count(self._totals.applied, delta)
         self._totals.rows_skipped += applied.skipped
 
-    def recover(self, generation: Generation) -> None:
-        """Count as accepted what an earlier life had accepted and this one is to apply."""
+    def recover(self, batches: Iterable[tuple[ThreadDelta, ...]]) -> None:
+        """Count as accepted what an earlier life had accepted and this one is to apply.
+
+        What was to be applied before, and was not settled, comes again: the recovery was cut short and has begun anew.
+        """
         with self.lock:
-            for delta in generation.all():
-                _count(self._totals.recovered, delta)
-                self._recovered += delta.calls
+            self._totals.recovered -= self._recovered
+            self._recovered.clear()
+            for delta in chain.from_iterable(batches):
+                _count(self._recovered, delta)
+            self._totals.recovered += self._recovered
 
     def settle_recovered(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> None:
         """The sink has *batch*, of an earlier life."""
         with self.lock:
-            if self._recovered:
-                self._recovered -= sum(delta.calls for delta in batch)
+            if self._recovered.total():  # else given up meanwhile
+                for delta in batch:
+                    self._recovered -= _count(Counter(), delta)
                 self._count(batch, applied)
 
     def set_aside(self) -> None:
         """What was recovered and cannot be applied stays in the journal."""
         with self.lock:
-            self._totals.journaled += self._recovered
-            self._recovered = 0
+            self._totals.journaled += self._recovered.total()
+            self._recovered.clear()
 
     def abandon(self, reason: str) -> int:
         """Give up everything pending: what the journal has stays there, the rest is lost for *reason*; return that."""
@@ -605,7 +611,8 @@ class Backlog:
             self._threads = len(rest)
 
 
-def _count(counter: Counter[str], delta: ThreadDelta) -> None:
+def _count(counter: Counter[str], delta: ThreadDelta) -> Counter[str]:
     counter["ensure_conversation"] += delta.ensures
     counter["record_turn"] += delta.turns
     counter["resolve"] += delta.resolves
+    return counter

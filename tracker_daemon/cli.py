@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     sys.stderr.write("tracker-daemon: the command line is not installed: pip install 'tracker-daemon[daemon]'\n")
     sys.exit(2)
 
-from tracker_daemon import serve_command
+from tracker_daemon import journal_command, serve_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -305,6 +305,7 @@ def _print(lines: list[str]) -> None:
         click.echo(line)
 
 
+program.add_command(journal_command.group(setting, _one_line, _database, _table))
 for _command in serve_command.commands(setting, _one_line, _database, _table):
     program.add_command(_command)
 

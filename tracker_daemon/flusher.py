@@ -90,6 +90,7 @@ class Flusher:
         self._producer: UUID | None = None
         self._forgotten = False
         self._in_hand: Window | None = None
+        self._recovered_until: dict[UUID, int] = {}
         self._log = get_logger()
         self._rated = Rated(clock)
         self._random = Random()  # noqa: S311 - jitter
@@ -125,6 +126,7 @@ class Flusher:
                 window = self._in_hand = backlog.head_window
                 if self._journal is not None and window is not None:
                     await self._make_durable(window)
+                self._in_hand = backlog.head_window
                 last = self._numbers.last_success
                 # The old identity's ledger row may be collected soon.
                 name = backlog.name(renew=bool(last) and self._clock.wall() - last > _DAY)
@@ -311,7 +313,11 @@ class Flusher:
             following = life.windows[number + 1].first if number + 1 < len(life.windows) else None
             last = window.last if window.last is not None else following and following - 1
             position = self._positions.get(producer, position)
-            if last is None or last > position.applied_sequence:
+            begun = self._in_hand is not None and (self._in_hand.producer, self._in_hand.first) == (
+                producer,
+                window.first,
+            )
+            if begun or last is None or last > position.applied_sequence:
                 calls += await self._recover_window(window, position)
             elif window.batches is None:
                 window.batches = last + 1 - window.first
@@ -325,19 +331,27 @@ class Flusher:
         assert self._journal is not None
         self._journal.check_synced(window.paths)
         generation = await self._read(window)
-        self._in_hand = window
-        self._backlog.recover(generation)
-        calls = generation.calls
-        batches = list(generation.batches(window.max_batch_size))
+        if window.damage:
+            if window.first <= position.applied_sequence:
+                raise JournalError(f"{window.damage[0]}; a part of its window is applied, and cannot be told apart now")
+            self._journal.skipped += map(str, window.damage)
+        settled = self._recovered_until.get(window.producer, 0)
+        batches = list(enumerate(generation.batches(window.max_batch_size), window.first))
         window.batches = len(batches)
-        for number, deltas in enumerate(batches):
-            sequence = window.first + number
+        left = [(sequence, deltas) for sequence, deltas in batches if sequence > settled]
+        self._backlog.recover(deltas for _, deltas in left)
+        self._in_hand = window
+        calls = 0
+        for sequence, deltas in left:
             if sequence <= position.applied_sequence:
                 applied = Applied(rows=0, duplicate=True)
             else:
                 applied = await self._apply(window.producer, sequence, deltas)
             self._backlog.settle_recovered(deltas, applied)
-        self._journal.recovered += calls
+            self._recovered_until[window.producer] = sequence
+            found = sum(delta.calls for delta in deltas)
+            self._journal.recovered += found
+            calls += found
         self._journal.torn += window.torn
         return calls
 
@@ -379,7 +393,8 @@ class Flusher:
 
     async def _read(self, window: Window) -> Generation:
         generation = Generation(create_missing=window.create_missing)
-        for number, item in enumerate(window.read()):
+        skip = self._journal is not None and self._journal.skip_damage
+        for number, item in enumerate(window.read(skip_damage=skip)):
             take(generation, item)
             if not number % _BREATH:
                 await anyio.lowlevel.checkpoint()  # lets go of the interpreter

@@ -100,6 +100,11 @@ def timeout(value: Any, default: float | None) -> float | None:
     return float(min(max(0, value), _MOST_SECONDS * 365))
 
 
+def quoted(table: tuple[str | None, str]) -> str:
+    """Return what `split_table` takes apart, as SQL has it."""
+    return ".".join('"' + part.replace('"', '""') + '"' for part in table if part is not None)
+
+
 def split_table(table: Any) -> tuple[str | None, str]:
     """Return the schema (or `None`) and the name of *table*, each part plain or in double quotes, as SQL has it."""
     if not isinstance(table, str):

@@ -36,8 +36,8 @@ def _quick_retry(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A disk of 8 MiB."""
-    with small_disk(tmp_path / "disk", 8 * MIB) as made:
+    """A disk of 32 MiB: room for more than one test needs at once, where nothing takes it."""
+    with small_disk(tmp_path / "disk", 32 * MIB) as made:
         yield made
 
 

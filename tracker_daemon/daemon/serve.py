@@ -27,7 +27,7 @@ from tracker_daemon.errors import ConfigError
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.many import ManySink
 from tracker_daemon.postgres.schema import migrate
-from tracker_daemon.settings import Settings
+from tracker_daemon.settings import Settings, quoted
 from tracker_daemon.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Plan:
     @property
     def quoted_table(self) -> str:
         """The table as SQL has it."""
-        return ".".join(f'"{part.replace(chr(34), chr(34) * 2)}"' for part in self.table if part is not None)
+        return quoted(self.table)
 
     def shown(self) -> dict[str, Any]:
         """Return what the status page shows."""

@@ -82,6 +82,10 @@ class Journal:
         """Whether calls go to memory alone."""
         self.recovering = False
         """Whether earlier lives left something that is still to be looked at."""
+        self.skip_damage = False
+        """Whether recovery passes over damage instead of stopping before it."""
+        self.skipped: list[str] = []
+        """What it passed over."""
         self.torn = 0
         """Bytes of torn records that recovery passed over."""
         self.recovered = 0
@@ -108,6 +112,7 @@ class Journal:
         self._locks: list[DirectoryLock] = []
         self._left: dict[UUID, list[Path]] = {}
         self._not_synced: dict[Path, OSError] = {}
+        self._recovered_windows: set[tuple[UUID, int]] = set()
         self._attaching = RLock()
         self._adopted = self._ended = False
         self.directory = directory
@@ -386,16 +391,29 @@ class Journal:
         """Yield every earlier life, the oldest first; or the error instead of one that cannot be read."""
         found: list[Life] = []
         for producer, paths in list(self._left.items()):
-            try:
-                found.append(life_of(producer, paths))
-            except (Damage, OSError) as error:
-                yield None, error
+            whole = list(paths)
+            while whole:
+                try:
+                    found.append(life_of(producer, whole))
+                    break
+                except Damage as error:
+                    if not self.skip_damage:
+                        yield None, error
+                        break
+                    self.skipped.append(str(error))
+                    whole.remove(error.path)
+                except OSError as error:
+                    yield None, error
+                    break
         for life in sorted(found, key=lambda life: life.begun_at):
             yield life, None
 
     def recovered_window(self, window: Window) -> None:
-        """All of *window* is in the database."""
-        self.applied(window)
+        """All of *window* is in the database. Told again when the recovery was cut short and has begun anew."""
+        if (name := (window.producer, window.first)) not in self._recovered_windows:
+            self._recovered_windows.add(name)
+            self.torn += window.torn
+            self.applied(window)
 
     def recovered_life(self, life: Life) -> None:
         """All of *life* is in the database."""

@@ -101,6 +101,8 @@ class Window:
     threads: int = 0
     torn: int = field(default=0, compare=False)
     """Bytes that were passed over when it was read."""
+    damage: list[Damage] = field(default_factory=list, compare=False)
+    """What was passed over when it was read although it had been on the disk."""
 
     @property
     def last(self) -> int | None:
@@ -115,6 +117,7 @@ class Window:
             OSError: a file cannot be read.
         """
         self.torn = 0
+        self.damage.clear()
         for path in self.paths:
             file = _written(path)
             try:
@@ -161,8 +164,13 @@ class Window:
                     fault = "bytes that are no record" if torn else "nothing, where records were"
                     raise Damage(file.path, offset, fault)
                 # The disk may have kept what came later, and lost this.
-                found = find_record(file.map, offset + 1, file.size) if torn else None
-                self.torn += len(rest[: None if found is None else found - offset].rstrip(b"\0"))
+                written = min(file.size, offset + len(rest.rstrip(b"\0")) + _END_SIZE)  # a mark may end in zeros
+                found = find_record(file.map, offset + 1, written) if torn else None
+                passed = len(rest[: None if found is None else found - offset].rstrip(b"\0"))
+                if offset < file.synced_at:
+                    self.damage.append(Damage(file.path, offset, f"{passed} bytes that are no record"))
+                else:
+                    self.torn += passed
                 if found is None:
                     return
                 offset = found
