@@ -156,7 +156,7 @@ def test_alert_when_the_database_stops(compose: Compose) -> None:
     compose("stop", "postgres")
     wait_until(lambda: compose.ask(firing), "the alert", 60)
     compose("start", "postgres")
-    wait_until(lambda: not compose.ask(firing), "the end of the alert", 60)
+    wait_until(lambda: not compose.ask(firing), "the end of the alert", 120)
     assert compose.value("sum(tracker_calls_lost_total)") == 0
 
 
