@@ -17,6 +17,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from importlib.util import find_spec
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -123,6 +124,11 @@ network_config_dir = "{self.folder}/networks"
         """Return the address of a container that is on one network."""
         (network,) = self.inspect(container)["NetworkSettings"]["Networks"].values()
         return str(network["IPAddress"])
+
+    def fixed_address(self, network: str) -> str:
+        """Return an address of *network* that nobody gets unasked, unless it is busy."""
+        (found,) = json.loads(self("network", "inspect", network))
+        return str(ip_network(found["subnets"][0]["subnet"])[200])
 
     def log(self, container: str) -> str:
         """Return what a container wrote."""

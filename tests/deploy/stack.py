@@ -36,6 +36,8 @@ class Stack:
     network: str
     postgres: str
     secrets: Path
+    address: str
+    """Of Postgres, fixed: the name of a container that is away is asked of servers that may not answer."""
 
     def sql(self, statement: str) -> str:
         """Return what psql answers in the Postgres container."""
@@ -63,6 +65,7 @@ class Stack:
             "--cap-drop=ALL",
             "--security-opt=no-new-privileges",
             f"--network={self.network}",
+            f"--add-host={self.postgres}:{self.address}",
             f"--volume={self.secrets}:/etc/tracker-daemon:ro",
             f"--volume={folder}:/run/tracker-daemon",
             *options,
@@ -117,6 +120,8 @@ def stack(podman: Podman, image: str, postgres_image: str, name: str) -> Iterato
         podman.container(
             server,
             f"--network={network}",
+            f"--ip={podman.fixed_address(network)}",
+            "--mac-address=92:d0:c6:0a:29:33",  # that it is the same after a restart: neighbours remember it
             f"--volume={secrets}:/run/secrets:ro",
             "--env=POSTGRES_USER=chat",
             "--env=POSTGRES_DB=chat",
@@ -128,4 +133,4 @@ def stack(podman: Podman, image: str, postgres_image: str, name: str) -> Iterato
         once = ("run", "--pull", "never", "--rm", *READ_ONLY, f"--network={network}", mount)
         environment = "--env=TRACKER_DATABASE_FILE=/etc/tracker-daemon/database"
         podman(*once, environment, image, "migrate")
-        yield Stack(podman, image, network, server, secrets)
+        yield Stack(podman, image, network, server, secrets, podman.address(server))

@@ -139,9 +139,9 @@ def test_traffic_reaches_the_table(compose: Compose) -> None:
 
 def test_recording_rules(compose: Compose) -> None:
     """The shipped rules are loaded, without a fault, and their recordings have the traffic's rate as value."""
-    wait_until(
-        lambda: compose.value('instance:tracker_calls_applied:rate5m{job="tracker-daemon"}') > 50, "the recorded rate"
-    )
+    # A rate over five minutes, of which the first seconds are known.
+    rate = 'instance:tracker_calls_applied:rate5m{job="tracker-daemon"}'
+    wait_until(lambda: compose.value(rate) > 5, "the recorded rate", 60)
     wait_until(
         lambda: compose.ask('instance:tracker_commit_lag_seconds:p99_rate5m{job="tracker-daemon"}'), "the recorded lag"
     )
@@ -156,7 +156,7 @@ def test_alert_when_the_database_stops(compose: Compose) -> None:
     compose("stop", "postgres")
     wait_until(lambda: compose.ask(firing), "the alert", 60)
     compose("start", "postgres")
-    wait_until(lambda: not compose.ask(firing), "the end of the alert", 60)
+    wait_until(lambda: not compose.ask(firing), "the end of the alert", 120)
     assert compose.value("sum(tracker_calls_lost_total)") == 0
 
 

@@ -106,7 +106,7 @@ def test_health(system: Stack, folder: Path) -> None:
     """The image's own health check says healthy while it can write, and unhealthy while the database is away."""
     podman = system.podman
     with system.daemon("health", folder=folder) as name:
-        wait_until(lambda: podman.healthy(name), "the health check")
+        wait_until(lambda: podman.healthy(name), "the health check", 60)
         podman("stop", "--time", "20", system.postgres)
         try:
             wait_until(lambda: not podman.healthy(name), "a health check that fails")
@@ -114,7 +114,7 @@ def test_health(system: Stack, folder: Path) -> None:
                 assert asking.get("/livez").status_code == 200
         finally:
             podman("start", system.postgres)
-        wait_until(lambda: podman.healthy(name), "the health check")
+        wait_until(lambda: podman.healthy(name), "the health check", 60)
 
 
 def test_sigterm_drains(system: Stack, folder: Path) -> None:
