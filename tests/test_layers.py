@@ -14,6 +14,7 @@ PACKAGE = Path(tracker_daemon.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"journal_operations"},
     {"demo.run", "operations"},
     {"demo.screen", "demo.verdict", "demo.traffic"},
     {"demo.count"},
@@ -27,7 +28,9 @@ FLOORS = [
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
     {"backlog"},
-    {"journal.journal", "call_queue"},
+    {"journal.journal", "journal.repair", "call_queue"},
+    {"journal.inspection"},
+    {"journal.lives"},
     {"journal.segment_queue", "journal.windows", "journal.lock"},
     {"journal.segment"},
     {"journal.records"},

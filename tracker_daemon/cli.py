@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -45,11 +47,11 @@ def main() -> None:
     program(prog_name="tracker-daemon")
 
 
-def setting(flag: str, **attributes: Any) -> Callable[[Any], Any]:
-    """Return the decorator of an option that is also the environment variable of the same name."""
+def setting(flag: str, *names: str, **attributes: Any) -> Callable[[Any], Any]:
+    """Return the decorator of an option, with other *names*, that is also the environment variable of its name."""
     name = _PREFIX + flag.removeprefix("--").replace("-", "_").upper()
     shown: dict[str, Any] = {"envvar": name, "show_envvar": True, "show_default": "default" in attributes}
-    return click.option(flag, **shown, **attributes)
+    return click.option(flag, *names, **shown, **attributes)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -122,8 +124,10 @@ def _read_secret(variable: str, environment: Mapping[str, str]) -> str | None:
 # -- the values ------------------------------------------------------------------------------------
 
 
-def _database(context: click.Context, parameter: click.Parameter, value: str) -> str:
+def _database(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Check a database's URL without repeating it."""
+    if value is None:  # where it is not required
+        return None
     refuse = partial(click.BadParameter, ctx=context, param=parameter)
     scheme, _, rest = value.partition(":")
     if scheme == "embedded":
@@ -254,14 +258,69 @@ def _choose(thread_id: str | None, *, everything: bool) -> None:
         raise click.UsageError("say which: --thread-id ID or --all")
 
 
-def _operate(name: str, *arguments: Any) -> Any:
-    """Run one of `operations`; what goes wrong is one line."""
+@program.group()
+def journal() -> None:
+    """Look after a journal's directory."""
+
+
+def _on_journal(*, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the decorator that adds what every command on a journal has."""
+    parts = [
+        click.argument("directory", envvar=f"{_PREFIX}JOURNAL", type=click.Path(path_type=Path)),
+        setting("--database", required=required, callback=_database, metavar="URL", help="postgresql:…, a conninfo."),
+        setting("--table", default="conversations", callback=_table, help="The conversations; may be schema.name."),
+    ]
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for part in reversed(parts):
+            command = part(command)
+        return command
+
+    return add
+
+
+@journal.command("inspect")
+@_on_journal(required=False)
+@setting("--json", "as_json", is_flag=True, help="All of it as JSON, each file by itself.")
+def inspect_journal(directory: Path, database: str | None, table: tuple[str | None, str], *, as_json: bool) -> None:
+    """Say what stands in DIRECTORY (env var: TRACKER_JOURNAL); with a database also what it does not have.
+
+    Changes nothing, and works beside a tracker. Exits with 1 if something is damaged.
+    """
+    report = _operate("look", directory, database, table, module="journal_operations")
+    from tracker_daemon.journal_operations import as_lines, as_values  # noqa: PLC0415 - rule 4
+
+    _print([json.dumps(as_values(report), ensure_ascii=False)] if as_json else as_lines(report))
+    sys.exit(1 if any(life.damage or life.fault for life in report.lives) else 0)
+
+
+@journal.command("recover")
+@_on_journal(required=True)
+@setting("--skip-damage", is_flag=True, help="Pass over what is damaged; what of it is uncertain is left out.")
+def recover_journal(directory: Path, database: str, table: tuple[str | None, str], *, skip_damage: bool) -> None:
+    """Apply what is left in DIRECTORY (env var: TRACKER_JOURNAL), exactly once; safe to repeat and to interrupt.
+
+    No tracker may be at work there. Exits with 1 if something is left.
+    """
+    logging.getLogger("tracker_daemon").addHandler(logging.NullHandler())  # all of it is told here
+    tell = partial(click.echo, err=True)
+    recover = partial(_operate, "recover", directory, database, table, module="journal_operations")
+    recovery = recover(skip_damage=skip_damage, tell=tell)
+    from tracker_daemon.journal_operations import is_done, told_of  # noqa: PLC0415 - rule 4
+
+    _print(told_of(recovery))
+    for fault in recovery.faults:
+        click.echo(f"Error: {fault}", err=True)
+    sys.exit(0 if is_done(recovery) else 1)
+
+
+def _operate(name: str, *arguments: Any, module: str = "operations", **named: Any) -> Any:
+    """Run one of `operations`, or of another module; what goes wrong is one line."""
     with _one_line():
         import anyio  # noqa: PLC0415 - rule 4
 
-        from tracker_daemon import operations  # noqa: PLC0415 - rule 4
-
-        return anyio.run(getattr(operations, name), *arguments)
+        operation = getattr(import_module(f"tracker_daemon.{module}"), name)
+        return anyio.run(partial(operation, *arguments, **named))
 
 
 def _print(lines: list[str]) -> None:

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.flush_numbers import FlushNumbers
     from tracker_daemon.journal.journal import Journal
-    from tracker_daemon.journal.windows import Life, Window
+    from tracker_daemon.journal.lives import Life
+    from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Sink
 
 _PLANS: Final[dict[FaultKind, Backoff]] = {

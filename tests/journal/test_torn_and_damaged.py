@@ -11,8 +11,9 @@ import pytest
 
 from tests.journal.rig import Calls, Rig, header, recovered, small_files
 from tracker_daemon.journal import records
+from tracker_daemon.journal.lives import life_of
 from tracker_daemon.journal.records import FIRST_AT, FRAME, HEADER_SIZE, SYNCED_AT
-from tracker_daemon.journal.windows import life_of, producer_of
+from tracker_daemon.journal.windows import producer_of
 from tracker_daemon.memory_sink import MemorySink
 
 if TYPE_CHECKING:

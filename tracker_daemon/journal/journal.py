@@ -22,11 +22,12 @@ from uuid import UUID, uuid4
 
 from tracker_daemon.errors import JournalError
 from tracker_daemon.flush_numbers import SECONDS, Histogram
+from tracker_daemon.journal.lives import Life, life_of
 from tracker_daemon.journal.lock import DirectoryLock, try_lock
 from tracker_daemon.journal.records import HEADER_SIZE, End, Header, Opened, encode_mark, encode_sum
 from tracker_daemon.journal.segment import Segment
 from tracker_daemon.journal.segment_queue import SegmentQueue
-from tracker_daemon.journal.windows import Damage, Life, Window, life_of, open_name, producer_of, sealed_name
+from tracker_daemon.journal.windows import Damage, Window, open_name, producer_of, sealed_name
 from tracker_daemon.logs import get_logger
 
 if TYPE_CHECKING:
@@ -153,6 +154,14 @@ class Journal:
             ):
                 self._locks.append(lock)
                 self._look(place)
+
+    def look_again(self) -> None:
+        """See once more what earlier lives left: somebody who holds this journal has changed it."""
+        places = {path.parent for paths in self._left.values() for path in paths}
+        self._left.clear()
+        self._sizes.clear()
+        for place in sorted(places):
+            self._look(place)
 
     def _look(self, directory: Path) -> None:
         with os.scandir(directory) as entries:
