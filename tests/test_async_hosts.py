@@ -6,6 +6,7 @@ import asyncio
 import faulthandler
 import gc
 import signal
+import sys
 import threading
 import weakref
 from contextlib import contextmanager
@@ -488,6 +489,10 @@ def interrupting(handler: Callable[[], object], every: float = 0.000_3) -> Itera
             handler()
             under_way.pop()
 
+    # Coverage takes a lock at each line. A handler that interrupts this thread while it holds that one waits for the
+    # backlog's, and the worker, which has it, for coverage's: for ever.
+    tracer = sys.gettrace()
+    sys.settrace(None)
     # The watchdog's signal is taken: a hang is ended by the interpreter.
     faulthandler.dump_traceback_later(300, exit=True)
     signal.signal(signal.SIGALRM, interrupt)
@@ -499,6 +504,7 @@ def interrupting(handler: Callable[[], object], every: float = 0.000_3) -> Itera
         # One that is on its way in another thread may still arrive.
         signal.signal(signal.SIGALRM, lambda *_: None)
         faulthandler.cancel_dump_traceback_later()
+        sys.settrace(tracer)
 
 
 def test_calls_in_a_signal_handler(unwatched: Trackers, database: str) -> None:

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from tests.strategies import AWKWARD, LONG, any_costs, names
 from tracker_daemon import InvalidCall, QueueFull, Tracker, TrackerClosed, TrackerError, calls
+from tracker_daemon.errors import shown
 from tracker_daemon.memory_sink import MemorySink
 
 if TYPE_CHECKING:
@@ -188,12 +189,15 @@ BAD_COSTS: dict[str, tuple[Any, str]] = {
     "Decimal sNaN": (Decimal("sNaN"), "finite"),
     "Decimal Infinity": (Decimal("Infinity"), "finite"),
     "Decimal -Infinity": (Decimal("-Infinity"), "finite"),
-    "Decimal 1E+131072": (Decimal("1E+131072"), "131072 digits before"),
-    "Decimal 1E+999999": (Decimal("1E+999999"), "131072 digits before"),
+    "Decimal 1E+2000": (Decimal("1E+2000"), "2000 digits before"),
+    "Decimal -1E+2000": (Decimal("-1E+2000"), "2000 digits before"),
+    "Decimal of 2001 digits": (Decimal("1" * 2_001), "2000 digits before"),
+    "Decimal 1E+999999": (Decimal("1E+999999"), "2000 digits before"),
     "Decimal 1E-16384": (Decimal("1E-16384"), "16383 digits after"),
     "Decimal 1E-999999": (Decimal("1E-999999"), "16383 digits after"),
-    "int of 200001 digits": (10**200_000, "131072 digits before"),
-    "-int of 200001 digits": (-(10**200_000), "131072 digits before"),
+    "int of 2001 digits": (10**2_000, "2000 digits before"),
+    "-int of 2001 digits": (-(10**2_000), "2000 digits before"),
+    "int of 131072 digits": (10**131_071, "2000 digits before"),
     "Fraction": (Fraction(1, 2), "int, float or Decimal"),
     "complex": (1 + 0j, "int, float or Decimal"),
     "str": ("0.1", "int, float or Decimal"),
@@ -251,6 +255,63 @@ def test_a_refusal_can_be_copied() -> None:
         calls.tokens(1.5)
     for twin in (copy.copy(found.value), pickle.loads(pickle.dumps(found.value))):  # noqa: S301 - our own
         assert (type(twin), str(twin)) == (InvalidCall, "tokens must be an integer, got 1.5")
+
+
+class Nameless(type):
+    """A metaclass whose classes have no name."""
+
+    @property  # type: ignore[misc]
+    def __name__(cls) -> str:
+        raise RuntimeError("asked")
+
+
+class Hostile(metaclass=Nameless):
+    """Its `__repr__` raises what it was made with, or returns it."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __repr__(self) -> Any:
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+class Endless(str):
+    """A text that fails when it is looked at."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise SystemExit
+
+    def __getitem__(self, key: object) -> str:
+        raise SystemExit
+
+    def __format__(self, spec: str) -> str:
+        raise SystemExit
+
+
+@pytest.mark.parametrize(
+    "answer", [SystemExit(1), GeneratorExit(), BaseException(), RecursionError(), MemoryError(), 7, None], ids=repr
+)
+def test_a_message_survives_any_repr(answer: Any) -> None:
+    """A refused value that raises when shown, even by `sys.exit`, hides no message and does not end the host."""
+    with pytest.raises(InvalidCall) as found:
+        calls.tokens(Hostile(answer))
+    assert str(found.value) == "tokens must be an integer, got <Hostile whose repr fails>"
+
+
+def test_a_message_survives_a_repr_of_another_kind() -> None:
+    """A `repr` of a subclass of `str` is shown by its characters; its own methods never run."""
+    assert shown(Hostile(Endless("x" * 100))) == "x" * 79 + "…"
+    assert shown(Hostile(Endless("short"))) == "short"
+
+
+def test_ctrl_c_while_a_message_is_made() -> None:
+    """A Ctrl-C that comes while a value is shown is the user's, and passes."""
+    with pytest.raises(KeyboardInterrupt):
+        shown(Hostile(KeyboardInterrupt()))
 
 
 # -- what is accepted ------------------------------------------------------------------------------
@@ -340,14 +401,14 @@ def test_tokens(tracker: Idle, tokens: int) -> None:
 
 
 GOOD_COSTS = [
-    0, 1, -1, 2**63, -(10**400), 10**130_000, 0.0, -0.0, 0.1, -0.1, 1e-300, 5e-324, 1.7976931348623157e308, 1e9,
-    Decimal(0), Decimal("-0"), Decimal("0.10"), Decimal("1E-16383"), Decimal("-9.9E+131071"), Decimal("1" * 1_000),
+    0, 1, -1, 2**63, -(10**400), 10**2_000 - 1, -(10**2_000) + 1, 0.0, -0.0, 0.1, -0.1, 1e-300, 5e-324, 1.7976931348623157e308, 1e9,
+    Decimal(0), Decimal("-0"), Decimal("0.10"), Decimal("1E-16383"), Decimal("1e1000"), Decimal("-9.9E+1999"), Decimal("9" * 2_000),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("cost", GOOD_COSTS, ids=lambda value: type(value).__name__)
 def test_costs(tracker: Idle, cost: Any) -> None:
-    """Finite numbers that `numeric` can hold are taken and become plain; what counts is what `repr` prints."""
+    """Finite numbers of up to 2,000 digits before the point are taken and become plain; what counts is what `repr` prints."""
     subclass = {int: Whole, float: Real, Decimal: Money}[type(cost)]
     for value in (cost, subclass(cost)):
         assert tracker.call("record_turn", "t", None, 0, value)

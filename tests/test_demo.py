@@ -7,6 +7,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,14 +19,24 @@ from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
+import httpx
 import psycopg
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from tests.helpers import wait_until
 from tracker_daemon import Tracker
+from tracker_daemon.cli import program
+from tracker_daemon.daemon.health import ask
+from tracker_daemon.daemon.options import Listen
 from tracker_daemon.demo import run as demo
 from tracker_daemon.demo.count import Call, Counted
-from tracker_daemon.demo.screen import Figure, Lines, Progress, Report, Screen, Terminal
+from tracker_daemon.demo.drive import drive
+from tracker_daemon.demo.figures import Figure, Progress, Report
+from tracker_daemon.demo.screen import Lines, Screen, screen
+from tracker_daemon.demo.signals import Signals
+from tracker_daemon.demo.terminal import Terminal
 from tracker_daemon.demo.traffic import Conversations, Pacer, Traffic, visit, write_through
 from tracker_daemon.demo.verdict import compare
 from tracker_daemon.memory_sink import MemorySink
@@ -136,6 +147,110 @@ def test_signal_before_the_traffic(folder: Path) -> None:
     assert output.split() == ["Aborted!"]
 
 
+# -- against a daemon ------------------------------------------------------------------------------
+
+
+@contextmanager
+def daemon(database: str, folder: Path) -> Iterator[str]:
+    """A daemon on a socket in *folder*; gives its URL once it is ready."""
+    path = folder / "tracker.sock"
+    command = [sys.executable, "-m", "tracker_daemon", "serve", "--database", database, "--listen", f"unix:{path}"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: ask(Listen(path=path), 5.0)[0], "the daemon")
+            yield f"unix:{path}"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def test_against_a_daemon(database: str, folder: Path) -> None:
+    """With --daemon there is only traffic: no server of its own; every call of the report is in the daemon's table."""
+    with (
+        daemon(database, folder) as url,
+        running(folder, "--daemon", url, "--seconds", "1.5", *SMALL) as process,
+    ):
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    found = re.search(
+        r"^APPLIED  ([\d,]+) calls on (\d+) conversations; 0 refused, set aside or lost$", output, re.MULTILINE
+    )
+    assert found, output
+    assert "PostgreSQL" not in output
+    with psycopg.connect(database) as connection:
+        rows, turns = connection.execute("SELECT count(*), sum(turn_count) FROM conversations").fetchone() or (0, 0)
+    assert rows == int(found[2])
+    assert 0 < turns < int(found[1].replace(",", ""))
+
+
+def test_signal_ends_the_traffic_against_a_daemon(database: str, folder: Path) -> None:
+    """A signal ends it: what was called is handed over, and the exit status is 0."""
+    with (
+        daemon(database, folder) as url,
+        running(folder, "--daemon", url, "--seconds", "600", *SMALL) as process,
+    ):
+        line_with(process, "1.0 s  chat traffic")
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert re.search(r"^APPLIED  ", output, re.MULTILINE)
+
+
+def test_numbers_for_prometheus(database: str, folder: Path) -> None:
+    """With --metrics the tracker's numbers are served while the traffic lasts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        daemon(database, folder) as url,
+        running(folder, "--daemon", url, "--metrics", f"127.0.0.1:{port}", "--seconds", "600", *SMALL) as process,
+    ):
+        line_with(process, "1.0 s  chat traffic")
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    (accepted,) = re.findall(r'^tracker_calls_accepted_total\{call="record_turn"\} (\S+)$', text, re.MULTILINE)
+    assert float(accepted) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--metrics", "127.0.0.1:9101"), "--metrics goes with --daemon"),
+        (("--daemon", "unix:x", "--metrics", "9101"), "must be HOST:PORT"),
+        (("--daemon", "unix:x", "--metrics", "h:99999"), "must be HOST:PORT"),
+    ],
+)
+def test_wrong_address_for_prometheus(arguments: tuple[str, ...], message: str) -> None:
+    """What is no address, or has no traffic of its own to show, is refused."""
+    result = CliRunner().invoke(program, ["demo", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_no_daemon_there(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Calls that no daemon takes are lost at the end: they are told, and the exit status is 1."""
+    monkeypatch.setattr("tracker_daemon.demo.drive.Tracker", partial(Tracker, shutdown_timeout=0.2))
+    assert drive(f"unix:{folder}/nobody.sock", seconds=0.2, rate=500, threads=20) == 1
+    assert re.search(r"^CALLS LOST  0 calls on \d+ conversations; \d+ refused", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_url_of_a_daemon() -> None:
+    """What is no daemon's URL is refused before anything starts, without being repeated."""
+    for url in ("postgresql://me:secret@there/chat", "tracker.sock"):
+        result = CliRunner().invoke(program, ["demo", "--daemon", url])
+        assert result.exit_code == 2
+        assert "must be unix:PATH, http://HOST:PORT or https://HOST:PORT" in result.output
+        assert "secret" not in result.output
+
+
+def test_screen_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rich is not installed, as in the daemon's image, the demo shows lines."""
+    monkeypatch.delitem(sys.modules, "tracker_daemon.demo.terminal", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert isinstance(screen(), Lines)
+
+
 # -- a verdict that can fail -----------------------------------------------------------------------
 
 
@@ -178,7 +293,7 @@ def test_not_in_the_main_thread() -> None:
     seen = []
 
     def work() -> None:
-        with demo._Signals():
+        with Signals():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

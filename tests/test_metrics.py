@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,11 +12,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from tracker_daemon import InvalidCall, MemorySink, Tracker
+from tests.helpers import wait_until
+from tracker_daemon import FlushTimeout, InvalidCall, MemorySink, Tracker
+from tracker_daemon.collector import Account, collector_of
 from tracker_daemon.sink import SinkFault
 
 if TYPE_CHECKING:
     from tracker_daemon.batch import Batch
+    from tracker_daemon.collector import Reading
     from tracker_daemon.sink import Applied
 
 NAMES = {
@@ -193,6 +198,186 @@ def test_two_trackers_on_one_registry_add_up(registry: CollectorRegistry) -> Non
     assert samples["tracker_calls_applied_total|call=record_turn"] == 2
     assert samples["tracker_queue_limit"] == 0
     assert_identity(samples)
+
+
+RECORD_TURN = "tracker_calls_applied_total|call=record_turn"
+
+
+def lived(registry: CollectorRegistry) -> weakref.ref[Tracker]:
+    """Return what is left of a tracker that took a call, refused two, was closed and let go."""
+    with Tracker(MemorySink(), registry=registry) as tracker:
+        tracker.record_turn("a")
+        with pytest.raises(InvalidCall):
+            tracker.record_turn("")
+    assert tracker.record_turn("late") is False
+    return weakref.ref(tracker)
+
+
+def wait_freed(*left: weakref.ref[Tracker]) -> None:
+    """Return once nobody holds what is *left*; a worker's thread ends a moment after `close` returns."""
+
+    def gone() -> bool:
+        gc.collect()
+        return all(each() is None for each in left)
+
+    wait_until(gone, "the end of every tracker")
+
+
+def test_memory_does_not_grow_with_closed_trackers(registry: CollectorRegistry) -> None:
+    """Of trackers that are gone one sum is kept; it has all that they counted, also after they were closed."""
+    wait_freed(*[lived(registry) for _ in range(30)])
+    samples = scrape(registry)
+    assert len(collector_of(registry)._entries) == 1
+    assert samples[RECORD_TURN] == samples["tracker_flushes_total|outcome=ok"] == 30
+    assert samples["tracker_calls_rejected_total|reason=invalid"] == 30
+    assert samples["tracker_calls_rejected_total|reason=closed"] == 30
+    assert samples["tracker_flush_rows_count"] == samples["tracker_flush_rows_sum"] == 30
+    assert samples["tracker_queue_limit"] == samples["tracker_queue_calls"] == 0
+    assert samples["tracker_last_success_timestamp_seconds"] > 1e9
+    assert_identity(samples)
+    # Nobody scrapes: making one tidies up as well.
+    for _ in range(10):
+        wait_freed(lived(registry))
+    assert len(collector_of(registry)._entries) <= 3
+    assert scrape(registry)[RECORD_TURN] == 40
+
+
+def test_an_unused_tracker_that_is_dropped_is_freed(registry: CollectorRegistry) -> None:
+    """It holds nothing for ever, and what it refused stays counted."""
+    tracker = Tracker(MemorySink(), registry=registry)
+    with pytest.raises(InvalidCall):
+        tracker.ensure_conversation("")
+    assert scrape(registry)["tracker_queue_limit"] == 1_000_000
+    left = weakref.ref(tracker)
+    del tracker
+    wait_freed(left)
+    for _ in range(2):
+        samples = scrape(registry)
+        assert samples["tracker_calls_rejected_total|reason=invalid"] == 1
+        assert samples["tracker_queue_limit"] == 0
+
+
+def test_an_error_does_not_hold_a_closed_tracker(registry: CollectorRegistry) -> None:
+    """The last error's traceback leads to `on_error`, and that to the tracker: it is freed all the same."""
+    failed = threading.Event()
+
+    class Host:
+        """Has the tracker, and is told of its errors."""
+
+        def __init__(self) -> None:
+            self.tracker = Tracker(Closed(), registry=registry, flush_interval=0.001, on_error=self.on_error)
+
+        def on_error(self, _: BaseException) -> None:
+            """Tell the test."""
+            failed.set()
+
+    host = Host()
+    host.tracker.record_turn("a")
+    assert failed.wait(30)
+    assert host.tracker.close(0).lost == 1
+    with pytest.raises(FlushTimeout) as late:
+        host.tracker.flush(0)
+    assert isinstance(late.value.__cause__, SinkFault)
+    left = weakref.ref(host.tracker)
+    del host, late
+    wait_freed(left)
+    assert scrape(registry)["tracker_calls_lost_total|reason=deadline"] == 1
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_tracker_that_goes_in_the_middle_of_a_scrape(
+    registry: CollectorRegistry, position: str, *, freed: bool
+) -> None:
+    """A tracker closed, freed and added to the sum while a scrape runs counts in it once, wherever the scrape is."""
+    collector, trackers = collector_of(registry), list[Tracker]()
+    empty = Tracker(MemorySink(), registry=CollectorRegistry())
+
+    class Trap:
+        """A source in whose reading the other tracker ends."""
+
+        def reading(self) -> Reading:
+            """Close, free and make another, which tidies up."""
+            for _ in range(2 * len(trackers)):
+                trackers[0].close()
+            if freed and trackers:
+                left = weakref.ref(trackers.pop())
+                wait_freed(left)
+            collector.add(Account(empty))
+            return empty.reading()
+
+    trap = Trap()
+    if position == "before":
+        collector.add(Account(trap))
+    trackers.append(Tracker(MemorySink(), registry=registry))
+    if position == "after":
+        collector.add(Account(trap))
+    trackers[0].record_turn("a")
+    trackers[0].flush(30)
+    for _ in range(3):
+        samples = scrape(registry)
+        assert samples[RECORD_TURN] == 1
+        assert_identity(samples)
+
+
+def test_no_counter_goes_back_while_trackers_come_and_go(registry: CollectorRegistry) -> None:
+    """Threads make, use, close and drop trackers; in each scrape every counter is at least what it was."""
+    rounds, before, done = 25, dict[str, float](), threading.Event()
+
+    def live() -> None:
+        for number in range(rounds):
+            tracker = Tracker(MemorySink(), registry=registry, flush_interval=0.001)
+            with pytest.raises(InvalidCall):
+                tracker.record_turn("")
+            if number % 3:
+                tracker.record_turn("a")
+                tracker.close()
+            del tracker
+            gc.collect()
+
+    threads = [threading.Thread(target=live) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while not done.is_set():
+        if not any(thread.is_alive() for thread in threads):
+            done.set()
+        samples = scrape(registry)
+        assert_identity(samples)
+        counters = {key: value for key, value in samples.items() if key.split("|")[0].endswith(("_total", "_count"))}
+        assert all(value >= before.get(key, 0) for key, value in counters.items())
+        before = counters
+    assert before["tracker_calls_rejected_total|reason=invalid"] == 3 * rounds
+    assert before[RECORD_TURN] == 3 * sum(number % 3 > 0 for number in range(rounds))
+
+
+def test_first_call_by_a_finalizer_in_a_cycle(registry: CollectorRegistry) -> None:
+    """In a cycle of garbage weak references die before finalizers run: a tracker used by one of them still counts."""
+    sink = MemorySink()
+    survivors: list[Tracker] = []
+
+    class Host:
+        """Garbage whose end is a call."""
+
+        def __init__(self) -> None:
+            self.me, self.tracker = self, Tracker(sink, registry=registry)
+
+        def __del__(self) -> None:
+            scrape(registry)  # by now the tracker is taken for gone
+            self.tracker.record_turn("a")
+            survivors.append(self.tracker)
+
+    Host()
+    gc.collect()
+    [tracker] = survivors
+    tracker.flush(30)
+    samples = scrape(registry)
+    assert samples[RECORD_TURN] == 1
+    assert samples["tracker_queue_limit"] == 1_000_000
+    tracker.close()
+    del tracker
+    survivors.clear()
+    gc.collect()
+    assert scrape(registry)[RECORD_TURN] == sink.rows["a"].turn_count == 1
 
 
 def test_openmetrics(registry: CollectorRegistry) -> None:

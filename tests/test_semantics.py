@@ -20,17 +20,18 @@ from tests import reference_oracle as oracle
 from tests.conftest import run_migrate
 from tests.strategies import LONG, NOW, History, Process, histories, play, processes_of, short_names
 from tracker_daemon import SchemaError
+from tracker_daemon.delta import ThreadDelta
 from tracker_daemon.errors import ConfigError
 from tracker_daemon.memory_sink import MemoryRow, MemorySink
 from tracker_daemon.postgres import encoding
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
+from tracker_daemon.postgres.statements import Statements
 from tracker_daemon.settings import split_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.embedded import EmbeddedPostgres
     from tracker_daemon.generation import Record
     from tracker_daemon.sink import Applied
@@ -328,7 +329,8 @@ NUMBERS = {
     "the lowest that COPY takes": (Decimal("-9223372.036854775807"), -(2**63) + 1, True),
     "a cost past COPY's column": (Decimal("9223372.036854775808"), 0, False),
     "thirteen digits after the point": (Decimal("0.0000000000001"), 0, False),
-    "the highest": (Decimal("9E+131071"), 0, False),
+    "the highest": (Decimal("9E+1999"), 0, False),
+    "the highest int": (10**2_000 - 1, 0, False),
     "the finest": (Decimal("-1E-16383"), 0, False),
     "the smallest float": (5e-324, 0, False),
     "the largest float": (1.7976931348623157e308, 0, False),
@@ -559,6 +561,61 @@ def test_null_in_existing_columns(empty_database: str, copy_from: int) -> None:
     assert rows["resolved"][6:] == ("done", now)
     assert rows["hole"][2:5] == (2, [None, "a", "b"], 2)
     assert rows["ensured"][6:] == (None, None)
+
+
+OLD_AGENTS = {
+    "null": None,
+    "empty": [],
+    "few": ["b3", "a1"],
+    "twice": ["a1", "a1", "x", "x"],
+    "hole": [None, "a2", None, "x"],
+    "every other": [f"a{i}" for i in range(0, 60, 2)],
+    "all": [f"a{i}" for i in range(60)],
+}
+
+
+@pytest.mark.parametrize("copy_from", [ALWAYS_ARRAYS, ALWAYS_COPY], ids=["arrays", "copy"])
+def test_many_agents_in_one_delta(database: str, copy_from: int) -> None:
+    """The old array stays as it is, new names follow in first-use order, each once, whatever either size is."""
+    sizes = (1, 8, 9, 60)
+    old = {f"{name} {size}": agents for name, agents in OLD_AGENTS.items() for size in sizes}
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("ALTER TABLE conversations ALTER agents_used DROP NOT NULL")
+        connection.cursor().executemany(
+            "INSERT INTO conversations (thread_id, agents_used) VALUES (%s, %s)", list(old.items())
+        )
+    calls: list[Record] = [
+        (thread_id, f"a{i}", 1, 0, NOW) for thread_id in old for i in reversed(range(int(thread_id.split()[-1])))
+    ]
+    flush_calls(database, "conversations", calls, copy_from=copy_from)
+    with psycopg.connect(database) as connection:
+        rows = oracle.rows(connection, "conversations")
+    for thread_id, agents in old.items():
+        new = [f"a{i}" for i in reversed(range(int(thread_id.split()[-1])))]
+        assert rows[thread_id][3] == [*(agents or []), *(name for name in new if name not in (agents or []))], thread_id
+
+
+@pytest.mark.parametrize("used", [1, 8, 9, 2_000])
+def test_known_agents_write_no_array(database: str, used: int) -> None:
+    """An array that is stored out of line and gains nothing is not written again."""
+    names = [f"{i:x}-{uuid4()}" for i in range(2_000)]
+    stored = "SELECT pg_column_toast_chunk_id(agents_used) FROM conversations"
+    flush_calls(database, "conversations", [("t", name, 1, 0, NOW) for name in names])
+    before = execute(database, stored)
+    assert before != [(None,)]
+    flush_calls(database, "conversations", [("t", name, 1, 0, NOW) for name in names[-used:]])
+    assert execute(database, stored) == before
+    flush_calls(database, "conversations", [("t", name, 1, 0, NOW) for name in [*names[-used:], "new"]])
+    assert execute(database, stored) != before
+
+
+def test_many_agents_are_looked_up_by_hash(world: World) -> None:
+    """The plan hashes the row's agents: names compared each with each hold locks for a second at some thousands."""
+    statements, parameters = Statements("arrays", "conversations"), encoding.arrays([ThreadDelta("t", 1)])
+    world.connection.execute(statements["stage"])
+    for name in ("merge_arrays", "merge_stage"):
+        plan = world.connection.execute(sql.SQL("EXPLAIN ") + statements[name], parameters).fetchall()
+        assert any("hashed SubPlan" in line for (line,) in plan)
 
 
 @pytest.mark.parametrize("table", ['"odd ""name"" {x}"', 'tenant_1."Conversations"', '"My.Schema"."select"'])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from psycopg_pool import ConnectionPool
 
-from tracker_daemon import MemorySink, Tracker, TrackerError
+from tracker_daemon import MemorySink, Tracker, TrackerError, sinks
+from tracker_daemon.errors import ConfigError
 from tracker_daemon.settings import split_table
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
         ("shutdown_timeout", "ten"),
         ("max_batch_size", 0),
         ("max_batch_size", 1.5),
+        ("max_batch_size", 100_001),
+        ("max_batch_size", 10**400),
         ("max_queue_size", -1),
         ("max_queue_size", True),
         ("max_pending", 0),
@@ -49,7 +53,11 @@ if TYPE_CHECKING:
         ("table", "conversations; DROP TABLE users"),
         ("registry", object()),
         ("on_error", "print"),
-        ("journal", "journal"),
+        ("journal", 7),
+        ("journal_sync", -1),
+        ("journal_retain", "600"),
+        ("journal_quota", 1_000),
+        ("journal_quota", 1e9),
     ],
 )
 def test_wrong_setting(setting: str, value: object) -> None:
@@ -59,6 +67,13 @@ def test_wrong_setting(setting: str, value: object) -> None:
         Tracker(MemorySink(), **options)
     assert isinstance(caught.value, ValueError)
     assert repr(value)[:20] in str(caught.value)
+
+
+def test_the_largest_batch(registry: CollectorRegistry) -> None:
+    """The bound itself is taken; what is above is refused with the bound in the message."""
+    Tracker(MemorySink(), registry=registry, max_batch_size=100_000).close()
+    with pytest.raises(ConfigError, match="max_batch_size must be at most 100000, got 100001"):
+        Tracker(MemorySink(), registry=registry, max_batch_size=100_001)
 
 
 def test_unknown_setting() -> None:
@@ -73,7 +88,11 @@ def test_unknown_setting() -> None:
         "",
         "conversations",
         "mysql://localhost",
-        "http://localhost:1",
+        "http://",
+        "http://user:secret@localhost:1",
+        "http://localhost:1/path",
+        "unix:",
+        "unix:/run/x?token=abc",
         "nats://localhost/x",
         "embedded:",
         7,
@@ -85,6 +104,16 @@ def test_wrong_sink(sink: Any) -> None:
     """What names no sink is refused."""
     with pytest.raises(TrackerError, match="sink"):
         Tracker(sink)
+
+
+def test_a_sink_whose_extra_is_missing(monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry) -> None:
+    """The message says what to install; it comes when the tracker is made."""
+    monkeypatch.setattr(sinks, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'tracker-daemon\[embedded\]'"):
+        Tracker("embedded:somewhere", registry=registry)
+    monkeypatch.setitem(sys.modules, "tracker_daemon.postgres.connection", None)
+    with pytest.raises(ConfigError, match=r"pip install 'psycopg\[binary\]'"):
+        Tracker("postgresql:///chat", registry=registry)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""One suite for every sink: what `sink.Sink` promises, held by memory and by both forms of Postgres."""
+"""One suite for every sink: what `sink.Sink` promises, held by memory, by both forms of Postgres, and by a daemon."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -12,11 +13,13 @@ import pytest
 
 from tests import reference_oracle as oracle
 from tests.conftest import run_migrate
+from tests.daemon.harness import Daemon, serving
 from tests.strategies import NOW, Process
 from tests.test_semantics import ALWAYS_ARRAYS, ALWAYS_COPY, as_row, new_database
 from tracker_daemon import Fenced, MemorySink, Sink
 from tracker_daemon.batch import Batch
 from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.http_sink import HttpSink
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
 from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened
@@ -26,7 +29,20 @@ if TYPE_CHECKING:
 
     from tracker_daemon.embedded import EmbeddedPostgres
 
-FORMS = ("memory", "arrays", "copy")
+FORMS = ("memory", "arrays", "copy", "daemon")
+
+
+daemons = ExitStack()
+running: dict[tuple[str, bool], Daemon] = {}
+
+
+def daemon_on(conninfo: str, *, create_missing: bool) -> str:
+    """Return the socket of a daemon on the database, which serves until the end of the module."""
+    key = conninfo, create_missing
+    if key not in running:
+        options = ["--relay-interval", "0", "--create-missing", str(create_missing)]
+        running[key] = daemons.enter_context(serving(conninfo, *options))
+    return running[key].path
 
 
 class Subject:
@@ -48,6 +64,12 @@ class Subject:
         """Return a second sink on the same rows, as another process has it."""
         if self.form == "memory":
             found: Sink = self._made[0] if self._made else MemorySink(create_missing=self.create_missing)
+        elif self.form == "daemon":
+            found = HttpSink(
+                "http://daemon",
+                socket=daemon_on(self._conninfo, create_missing=self.create_missing),
+                token=lambda: None,
+            )
         else:
             found = PostgresSink(
                 Connector(self._conninfo),
@@ -105,7 +127,9 @@ def shared_database(postgres: EmbeddedPostgres) -> Iterator[str]:
     """The conninfo of one database with the tables, for this module."""
     with new_database(postgres) as conninfo:
         run_migrate(conninfo)
-        yield conninfo
+        with daemons:
+            yield conninfo
+        running.clear()
 
 
 @pytest.fixture
@@ -331,5 +355,5 @@ def test_same_rows(conninfo: str) -> None:
             pass
         found.append(subject.rows())
         subject.close()
-    assert found[0] == found[1] == found[2]
+    assert all(each == found[0] for each in found)
     assert len(found[0]) == 3

@@ -30,7 +30,7 @@ from tracker_daemon.generation import KINDS, Generation, Record, summed
 from tracker_daemon.journal.windows import Damage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from tracker_daemon.call_queue import Calls
     from tracker_daemon.delta import ThreadDelta
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
 
-LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed")
+LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed", "journal_gone")
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
@@ -133,13 +133,12 @@ class Backlog:
         """Calls taken off the queue, ever."""
         self.settled = 0
         """Every call up to this many, in order of acceptance, is settled."""
-        self.recovering = journal is not None and bool(journal.left)
-        """Whether an earlier life's calls are still to be applied."""
         self._window = Generation(create_missing=create_missing)
         self._sealed: deque[_Sealed] = deque()
         self._resident: tuple[Generation, ...] = ()
-        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound.
-        self._most_in_window = max(1, max_pending // 2 - max_queue_size)
+        # A sealed window in memory, an open one, and what waits in the queue for it: together within the bound. Where
+        # the queue alone may pass it, not less than a quarter: each window is a file.
+        self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
         self._threads = 0
         self._recovered = Counter[str]()
@@ -147,6 +146,8 @@ class Backlog:
         self._waiting: set[str] | None = None
         self._moves = self._new = 0
         self._counted = -1
+        self._given: deque[tuple[int, int, int]] = deque()
+        """Of calls whose instant is not that of their taking: first number, the one behind the last, when taken."""
         self._totals = _Totals()
 
     # -- the calls' side: no lock ------------------------------------------------------------------
@@ -176,6 +177,34 @@ class Backlog:
             self.queue.append(record)
             return None
 
+    def enter_all(self, records: Sequence[Record], taken_at: int = 0) -> str | None:
+        """Append *records* if all of them fit, else none; return as `enter`. Waits for a worker that is folding.
+
+        Args:
+            records: the calls.
+            taken_at: nanoseconds since 1970, where the instants in *records* may be others; else 0.
+        """
+        with self.lock, self._turn:
+            if self.closed:
+                return "closed"
+            waiting = len(self.queue)
+            if waiting + len(records) > self.max_queue_size:
+                return "max_queue_size"
+            room = self.max_pending - self._threads - waiting
+            if not self.queue.on_disk and len(records) > room:
+                # Near the bound it is the threads that count; what comes by the gate meanwhile counts as new.
+                new = {record[0] for record in records if not self._holds(record[0])}
+                if len(new) > room:
+                    return "max_pending"
+            self.gate = 0
+            if taken_at:
+                first = self.folded + len(self.queue)
+                self._given.append((first, first + len(records), taken_at))
+            for record in records:
+                self.queue.append(record)
+            self._waiting = None
+            return None
+
     def _fits_near_the_bound(self, thread_id: str) -> bool:
         waiting, moves = self._waiting, self._moves
         if self.gate or waiting is None:
@@ -202,9 +231,7 @@ class Backlog:
     def drain(self, limit: int) -> int:
         """Fold at most *limit* calls from the queue into the open window; return how many."""
         with self.lock:
-            most = self._most_in_window if self._can_store else sys.maxsize
-            count = self.queue.drain(self._fold, limit, self._window.deltas, most)
-            self.folded += count
+            count = self._drain(limit, self._most_in_window if self._can_store else sys.maxsize)
             self._waiting = None
             self._moves += 1
         return count
@@ -240,6 +267,16 @@ class Backlog:
         return len(self._window)
 
     @property
+    def recovering(self) -> bool:
+        """Whether an earlier life's calls are still to be applied."""
+        return self._journal is not None and self._journal.recovering
+
+    def end_recovery(self) -> None:
+        """What earlier lives left is applied, or stays where it is."""
+        if self._journal is not None:
+            self._journal.recovering = False
+
+    @property
     def in_flight(self) -> bool:
         """Whether a sealed window is not settled yet."""
         return bool(self._sealed)
@@ -256,14 +293,19 @@ class Backlog:
             return self.folded + len(self.queue.waiting())
 
     def seal(self) -> None:
-        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or is in no file."""
+        """Swap the windows: the open one is sealed. It stays in memory if it is the only one, or is in no file.
+
+        An empty one is left open: there would be no batch whose end unseals it.
+        """
         journal = self._journal
+        if not (self._window.deltas or (journal is not None and self.queue)):
+            return
         following = None if journal is None else journal.queue.prepare_cut()
         with self.lock:
             if journal is not None and following is not None:
                 journal.queue.cut(following)
-                while count := journal.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
-                    self.folded += count
+                while self._drain(sys.maxsize, sys.maxsize):
+                    pass
             generation, self._window = self._window, Generation(create_missing=self.create_missing)
             batches = deque(generation.batches(self.max_batch_size))
             sealed = _Sealed(generation, None, self.folded, generation.oldest_at, len(generation.deltas))
@@ -290,8 +332,8 @@ class Backlog:
             if following.path is None or not journal.queue.cut_within(following):
                 journal.drop([following])
                 return
-            while count := journal.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
-                self.folded += count
+            while self._drain(sys.maxsize, sys.maxsize):
+                pass
             before = journal.queue.take_read()
             anew = None
             if before:
@@ -335,6 +377,11 @@ class Backlog:
         return self._sealed[0].batches[0] if self._sealed and self._sealed[0].batches else None
 
     @property
+    def head_oldest_at(self) -> int:
+        """When the oldest call of the oldest sealed window was taken, nanoseconds since 1970."""
+        return self._sealed[0].oldest_at if self._sealed else 0
+
+    @property
     def stored_head(self) -> Window | None:
         """The oldest sealed window, when it is in files alone."""
         return self._sealed[0].stored if self._sealed and self._sealed[0].generation is None else None
@@ -351,6 +398,15 @@ class Backlog:
                 sealed = self._sealed[0]
                 sealed.generation = generation
                 sealed.batches = deque(generation.batches(self.max_batch_size))
+                self._recount()
+
+    def lose_stored_head(self, window: Window) -> None:
+        """Give up a stored window whose files are gone: count it as lost."""
+        with self.lock:
+            if self.stored_head is window:
+                sealed = self._sealed.popleft()
+                self._totals.lost["journal_gone"] += sealed.calls
+                self.settled = sealed.sealed_at
                 self._recount()
 
     @property
@@ -430,8 +486,8 @@ class Backlog:
     def abandon(self, reason: str) -> int:
         """Give up everything pending: what the journal has stays there, the rest is lost for *reason*; return that."""
         with self.lock:
-            while count := self.queue.drain(self._fold, sys.maxsize, self._window.deltas, sys.maxsize):
-                self.folded += count
+            while self._drain(sys.maxsize, sys.maxsize):
+                pass
             lost = 0
             for sealed in self._sealed:
                 if sealed.stored is None:
@@ -443,7 +499,7 @@ class Backlog:
             else:
                 lost += self._window.calls
             self.set_aside()
-            self.recovering = False
+            self.end_recovery()
             if lost:
                 self._totals.lost[reason] += lost
             self._window = Generation(create_missing=self.create_missing)
@@ -486,7 +542,7 @@ class Backlog:
             settled = totals.applied.total() + totals.dead_lettered.total() + totals.lost.total()
             unseen = {record[0] for record in waiting if not self._holds(record[0])}
             oldest = self._sealed[0].oldest_at if self._sealed else self._window.oldest_at
-            oldest = oldest or next((record[-1] for record in waiting), 0)
+            oldest = oldest or next((self._taken_at() or record[-1] for record in waiting), 0)
             stored = sum(sealed.threads for sealed in self._sealed if sealed.generation is None)
             return Books(
                 accepted=dict(accepted),
@@ -506,6 +562,22 @@ class Backlog:
         self._waiting = None  # what came by the gate is not counted there
         room = self.max_queue_size if self.queue.on_disk else self.max_pending - self._threads
         self.gate = 0 if self.closed else max(0, min(calls, room, self.max_queue_size))
+
+    def _drain(self, limit: int, most: int) -> int:
+        is_first = not self._window.deltas
+        count = self.queue.drain(self._fold, limit, self._window.deltas, most)
+        if is_first and count and (taken_at := self._taken_at()):
+            self._window.oldest_at = taken_at
+        self.folded += count
+        while self._given and self._given[0][1] <= self.folded:
+            self._given.popleft()
+        return count
+
+    def _taken_at(self) -> int:
+        """Return when the call that is folded next was taken; 0 when it is the instant that it carries."""
+        if self._given and self._given[0][0] <= self.folded:
+            return self._given[0][2]
+        return 0
 
     def _fold(self, record: Record) -> None:
         if self._window.fold(record):

@@ -6,7 +6,8 @@ Rules:
    is; `isinstance` would ask the value, and a mock or a proxy lies.
 3. Names have 1 to 512 bytes in UTF-8, no NUL (Postgres text cannot hold one), no lone surrogate (UTF-8 has none).
 4. Tokens are integers within ±(2**63 - 1), the range of `bigint` less its odd one out.
-5. Costs are finite; a float counts as the decimal that `repr` prints. Their digits fit `numeric`.
+5. Costs are finite; a float counts as the decimal that `repr` prints. They have at most 2,000 digits before the point
+   and 16,383 after: sums fit `numeric`, and no call holds the interpreter.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from tracker_daemon.errors import InvalidCall
 NAME_BYTES: Final = 512
 TOKENS_LIMIT: Final = 2**63
 
-# PostgreSQL manual, "Arbitrary Precision Numbers": up to 131,072 digits before the point, 16,383 after.
-COST_DIGITS_BEFORE: Final = 131_072
+# An int becomes decimal in quadratic time: 0.1 ms with 2,000 digits, 260 ms with the 131,072 that `numeric` can hold.
+# Floats have at most 309, and what is added up here stays far from `numeric`'s end.
+COST_DIGITS_BEFORE: Final = 2_000
+# PostgreSQL manual, "Arbitrary Precision Numbers": up to 16,383 digits after the point.
 COST_DIGITS_AFTER: Final = 16_383
-_COST_INT_BITS: Final = 435_411  # below 10**131_072; counts in constant time
+_COST_LIMIT: Final = 10**COST_DIGITS_BEFORE
 
 Cost: TypeAlias = "int | float | Decimal"
 
@@ -73,7 +76,7 @@ def cost(value: object) -> Cost:
         raise InvalidCall("cost", "must be an int, float or Decimal, not a bool", value)
     if issubclass(kind, int):
         whole = int.__int__(value)  # type: ignore[arg-type]
-        if whole.bit_length() > _COST_INT_BITS:
+        if not -_COST_LIMIT < whole < _COST_LIMIT:
             raise InvalidCall("cost", f"must have at most {COST_DIGITS_BEFORE} digits before the point", value)
         return whole
     if issubclass(kind, float):

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 import os
 import re
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,6 +29,8 @@ except ModuleNotFoundError as error:
         raise
     sys.stderr.write("tracker-daemon: the command line is not installed: pip install 'tracker-daemon[daemon]'\n")
     sys.exit(2)
+
+from tracker_daemon import journal_command, serve_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -66,7 +66,9 @@ def program(context: click.Context) -> None:
     group = context.command
     assert isinstance(group, click.Group)
     known = _variables(group)
-    _refuse_unknown(known, os.environ)
+    # A client's, in an environment for all; to `serve` it would be a token that nobody is asked for.
+    of_clients = set() if context.invoked_subcommand == "serve" else {"TRACKER_TOKEN"}
+    _refuse_unknown({*known.values(), *of_clients}, os.environ)
     found = {parameter: _read_secret(variable, os.environ) for parameter, variable in known.items()}
     given = {parameter: value for parameter, value in found.items() if value is not None}
     context.default_map = _defaults(group, given)
@@ -93,8 +95,8 @@ def _defaults(group: click.Group, given: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown(known: Mapping[str, str], environment: Mapping[str, str]) -> None:
-    names = {*known.values(), *(name + _FILE for name in _SECRET)}
+def _refuse_unknown(known: set[str], environment: Mapping[str, str]) -> None:
+    names = {*known, *(name + _FILE for name in _SECRET)}
     faults = []
     for name in sorted(environment):
         if name.startswith(_PREFIX) and name not in names and not _OF_KUBERNETES.fullmatch(name):
@@ -124,10 +126,8 @@ def _read_secret(variable: str, environment: Mapping[str, str]) -> str | None:
 # -- the values ------------------------------------------------------------------------------------
 
 
-def _database(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+def _database(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Check a database's URL without repeating it."""
-    if value is None:  # where it is not required
-        return None
     refuse = partial(click.BadParameter, ctx=context, param=parameter)
     scheme, _, rest = value.partition(":")
     if scheme == "embedded":
@@ -156,19 +156,44 @@ def _table(context: click.Context, parameter: click.Parameter, value: str) -> tu
         raise click.BadParameter(error.fault, context, parameter) from None
 
 
+def _daemon(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and value.partition(":")[0] not in ("unix", "http", "https"):
+        raise click.BadParameter("must be unix:PATH, http://HOST:PORT or https://HOST:PORT", context, parameter)
+    return value
+
+
+class _WrongSetting(click.ClickException):
+    """Starting again would not help; a status of 1 from `serve` says that calls were lost."""
+
+    exit_code = 2
+
+
+def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    if value is None:
+        return None
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise click.BadParameter("must be HOST:PORT", context, parameter)
+    return host.strip("[]"), int(port)
+
+
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn what is the user's or the database's affair into one line and exit status 1."""
+    """Turn what is the user's or the database's affair into one line and exit status 1; a wrong setting, 2."""
     try:
         import psycopg  # noqa: PLC0415 - rule 4
     except ImportError:
         raise click.ClickException("libpq is not installed: pip install 'tracker-daemon[daemon]'") from None
-    from tracker_daemon.errors import TrackerError  # noqa: PLC0415 - rule 4
+    from tracker_daemon.errors import ConfigError, TrackerError  # noqa: PLC0415 - rule 4
 
     try:
         yield
+    except ConfigError as error:
+        raise _WrongSetting(str(error)) from None
     except (psycopg.Error, TrackerError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from None
+        # Of what the server refused its own words, without the place in a statement that nobody typed.
+        text = (isinstance(error, psycopg.Error) and error.diag.message_primary) or str(error)
+        raise click.ClickException(" ".join(text.split())) from None
 
 
 # -- the commands ----------------------------------------------------------------------------------
@@ -178,16 +203,23 @@ def _one_line() -> Iterator[None]:
 @setting("--seconds", type=click.FloatRange(0.1, 3_600), default=10.0, help="How long the traffic lasts.")
 @setting("--rate", type=click.FloatRange(0, 100_000, min_open=True), default=20_000.0, help="Calls a second.")
 @setting("--threads", type=click.IntRange(1, 1_000_000), default=5_000, help="Distinct conversations.")
-def demo(seconds: float, rate: float, threads: int) -> None:
+@setting("--daemon", callback=_daemon, metavar="URL", help="Only traffic, against unix:PATH or http://HOST:PORT.")
+@setting("--metrics", callback=_address, metavar="HOST:PORT", help="With --daemon: serve the numbers to Prometheus.")
+def demo(seconds: float, rate: float, threads: int, daemon: str | None, metrics: tuple[str, int] | None) -> None:
     """Drive live chat traffic on a Postgres of its own, then give a verdict on every row.
 
-    Exits with 0 only if every row is exact and no call was refused or lost. Ctrl-C ends the traffic early.
+    Exits with 0 only if every row is exact and no call was refused or lost. Ctrl-C ends the traffic early. With
+    --daemon there is only traffic, against a daemon that runs already: 0 if it has brought every call to the database.
     """
     with _one_line():
-        try:
-            from tracker_daemon.demo.run import run  # noqa: PLC0415 - rule 4
-        except ModuleNotFoundError:
-            raise click.ClickException("the demo is not installed: pip install 'tracker-daemon[embedded]'") from None
+        if metrics is not None and daemon is None:
+            raise click.UsageError("--metrics goes with --daemon")
+        if daemon is not None:
+            from tracker_daemon.demo.drive import drive  # noqa: PLC0415 - rule 4
+
+            sys.exit(drive(daemon, seconds=seconds, rate=rate, threads=threads, metrics=metrics))
+        from tracker_daemon.demo.run import run  # noqa: PLC0415 - rule 4
+
         status = run(seconds=seconds, rate=rate, threads=threads)
     sys.exit(status)
 
@@ -258,74 +290,24 @@ def _choose(thread_id: str | None, *, everything: bool) -> None:
         raise click.UsageError("say which: --thread-id ID or --all")
 
 
-@program.group()
-def journal() -> None:
-    """Look after a journal's directory."""
-
-
-def _on_journal(*, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return the decorator that adds what every command on a journal has."""
-    parts = [
-        click.argument("directory", envvar=f"{_PREFIX}JOURNAL", type=click.Path(path_type=Path)),
-        setting("--database", required=required, callback=_database, metavar="URL", help="postgresql:…, a conninfo."),
-        setting("--table", default="conversations", callback=_table, help="The conversations; may be schema.name."),
-    ]
-
-    def add(command: Callable[..., None]) -> Callable[..., None]:
-        for part in reversed(parts):
-            command = part(command)
-        return command
-
-    return add
-
-
-@journal.command("inspect")
-@_on_journal(required=False)
-@setting("--json", "as_json", is_flag=True, help="All of it as JSON, each file by itself.")
-def inspect_journal(directory: Path, database: str | None, table: tuple[str | None, str], *, as_json: bool) -> None:
-    """Say what stands in DIRECTORY (env var: TRACKER_JOURNAL); with a database also what it does not have.
-
-    Changes nothing, and works beside a tracker. Exits with 1 if something is damaged.
-    """
-    report = _operate("look", directory, database, table, module="journal_operations")
-    from tracker_daemon.journal_operations import as_lines, as_values  # noqa: PLC0415 - rule 4
-
-    _print([json.dumps(as_values(report), ensure_ascii=False)] if as_json else as_lines(report))
-    sys.exit(1 if any(life.damage or life.fault for life in report.lives) else 0)
-
-
-@journal.command("recover")
-@_on_journal(required=True)
-@setting("--skip-damage", is_flag=True, help="Pass over what is damaged; what of it is uncertain is left out.")
-def recover_journal(directory: Path, database: str, table: tuple[str | None, str], *, skip_damage: bool) -> None:
-    """Apply what is left in DIRECTORY (env var: TRACKER_JOURNAL), exactly once; safe to repeat and to interrupt.
-
-    No tracker may be at work there. Exits with 1 if something is left.
-    """
-    logging.getLogger("tracker_daemon").addHandler(logging.NullHandler())  # all of it is told here
-    tell = partial(click.echo, err=True)
-    recover = partial(_operate, "recover", directory, database, table, module="journal_operations")
-    recovery = recover(skip_damage=skip_damage, tell=tell)
-    from tracker_daemon.journal_operations import is_done, told_of  # noqa: PLC0415 - rule 4
-
-    _print(told_of(recovery))
-    for fault in recovery.faults:
-        click.echo(f"Error: {fault}", err=True)
-    sys.exit(0 if is_done(recovery) else 1)
-
-
-def _operate(name: str, *arguments: Any, module: str = "operations", **named: Any) -> Any:
-    """Run one of `operations`, or of another module; what goes wrong is one line."""
+def _operate(name: str, *arguments: Any) -> Any:
+    """Run one of `operations`; what goes wrong is one line."""
     with _one_line():
         import anyio  # noqa: PLC0415 - rule 4
 
-        operation = getattr(import_module(f"tracker_daemon.{module}"), name)
-        return anyio.run(partial(operation, *arguments, **named))
+        from tracker_daemon import operations  # noqa: PLC0415 - rule 4
+
+        return anyio.run(getattr(operations, name), *arguments)
 
 
 def _print(lines: list[str]) -> None:
     for line in lines:
         click.echo(line)
+
+
+program.add_command(journal_command.group(setting, _one_line, _database, _table))
+for _command in serve_command.commands(setting, _one_line, _database, _table):
+    program.add_command(_command)
 
 
 if __name__ == "__main__":

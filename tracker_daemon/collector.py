@@ -1,20 +1,25 @@
-"""The Prometheus collector: reads the trackers' plain integers when it is scraped, and holds nothing of its own.
+"""The Prometheus collector: reads the trackers' plain integers when it is scraped.
 
 Rules:
-1. One collector a registry; several trackers on it add up. What a closed tracker counted stays.
-2. Every child exists from the first scrape; no label has values that a caller chooses.
-3. `accepted = applied + dead_lettered + lost + queue_calls` in every scrape: one reading of the books gives them all.
+1. One collector a registry; several trackers on it add up.
+2. What a tracker counted stays, closed or dropped; of those that are gone one sum is kept, however many they were. No
+   tracker is held here: one that nobody else holds is freed.
+3. No counter ever goes back, whatever is closed or freed meanwhile: an account leaves, and the sum of those that are
+   gone grows, in one step.
+4. Every child exists from the first scrape; no label has values that a caller chooses.
+5. `accepted = applied + dead_lettered + lost + queue_calls` in every scrape: one reading of the books gives them all.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -24,16 +29,18 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from tracker_daemon.backlog import LOST_REASONS
-from tracker_daemon.flush_numbers import FlushNumbers, Histogram
+from tracker_daemon.backlog import LOST_REASONS, Books
+from tracker_daemon.flush_numbers import SECONDS, FlushNumbers, Histogram
 from tracker_daemon.front_door import REJECTED_REASONS
 from tracker_daemon.generation import KINDS
+from tracker_daemon.journal.journal import OPERATIONS, Journal
 from tracker_daemon.sink import DEAD_REASONS, FAULT_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from tracker_daemon.backlog import Books
+    from tracker_daemon.backlog import Backlog
+    from tracker_daemon.front_door import Refusals
 
 OUTCOMES = ("ok", "duplicate", "retry", "error")
 
@@ -46,6 +53,7 @@ class Reading:
     rejected: Mapping[str, int]
     numbers: FlushNumbers
     queue_limit: int
+    journal: Journal | None = None
 
 
 class Source(Protocol):
@@ -54,6 +62,76 @@ class Source(Protocol):
     def reading(self) -> Reading:
         """Read all numbers now."""
         ...
+
+
+class Counted(Protocol):
+    """What is summed up at a scrape.
+
+    Attributes:
+        closed: whether its limit and state count no more.
+        folded: whether what it counted is in the sum of those that are gone.
+    """
+
+    closed: bool
+    folded: bool
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is gone, and nothing is counted any more."""
+        ...
+
+    def collected(self) -> Reading:
+        """Read all numbers now."""
+        ...
+
+
+class Account:
+    """Where one tracker counts, apart from it: what it counted outlives it.
+
+    Nothing here may lead back to the tracker, or it would live as long as the registry.
+
+    Attributes:
+        started: whether the worker was started; from then on the tracker lives until it is closed.
+        closed: whether the tracker's limit and state count no more.
+        folded: whether what was counted is in the sum of those that are gone.
+    """
+
+    def __init__(self, owner: Source) -> None:
+        self._owner = ref(owner)
+        self.started = self.closed = self.folded = False
+
+    def begin(
+        self, backlog: Backlog, refusals: Refusals, numbers: FlushNumbers, journal: Journal | None = None
+    ) -> None:
+        """Count from zero: a life begins."""
+        self._parts = backlog, refusals, numbers, journal  # in one step: a scrape finds one life or the other
+        self.started = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the tracker is gone, and nothing is counted any more."""
+        # In a cycle of garbage the reference dies before the finalizers run, and one of them may make the first call.
+        return self._owner() is None and (self.closed or not self.started)
+
+    def collected(self) -> Reading:
+        """Read all numbers now; through the tracker, which knows of a fork, while it lives."""
+        owner = self._owner()
+        if owner is not None:
+            return owner.reading()
+        if self.closed:
+            self._parts[0].abandon("closed")  # a call that overlapped with the very end of `close`
+        return self.reading()
+
+    def reading(self) -> Reading:
+        """Read all numbers now."""
+        backlog, refusals, numbers, journal = self._parts
+        return Reading(
+            books=backlog.books(),
+            rejected=dict(refusals.counts),
+            numbers=numbers,
+            queue_limit=backlog.max_pending,
+            journal=journal,
+        )
 
 
 @dataclass(slots=True)
@@ -74,6 +152,13 @@ class _Sum:
     flushes: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     histograms: dict[str, tuple[Sequence[float], list[int], float]] = field(default_factory=dict)
+    journals: int = 0
+    journal_bytes: int = 0
+    journal_quota: int = 0
+    journal_degraded: bool = False
+    journal_errors: Counter[str] = field(default_factory=Counter)
+    recovered: int = 0
+    replayed: int = 0
 
     def add(self, reading: Reading, *, alive: bool) -> None:
         books, numbers = reading.books, reading.numbers
@@ -87,13 +172,51 @@ class _Sum:
         self.last_success = max(self.last_success, numbers.last_success)
         self.rows_skipped += books.rows_skipped
         self.regressions += numbers.regressions
-        self.flushes.update(numbers.flushes)
-        self.errors.update(numbers.errors)
+        self.flushes.update(dict(numbers.flushes))  # copied in one step: the worker adds to them
+        self.errors.update(dict(numbers.errors))
         for name in ("flush_seconds", "flush_rows", "commit_lag_seconds"):
             self._add_histogram(name, getattr(numbers, name))
         if alive:
             self.limit += reading.queue_limit
             self.fenced = self.fenced or numbers.fenced
+        if reading.journal is not None:
+            self._add_journal(reading.journal, alive=alive)
+
+    def _add_journal(self, journal: Journal, *, alive: bool) -> None:
+        self.journals += 1
+        self.journal_errors.update(dict(journal.errors))
+        self.recovered += journal.recovered
+        self.replayed += journal.replayed
+        self._add_histogram("fsync_seconds", journal.fsync_seconds)
+        if alive:
+            self.journal_bytes += journal.bytes
+            self.journal_quota += journal.quota
+            self.journal_degraded = self.journal_degraded or journal.degraded
+
+    def reading(self) -> Reading:
+        """Return the sum as the reading of one."""
+        numbers = FlushNumbers(flushes=self.flushes, errors=self.errors, last_success=self.last_success)
+        numbers.regressions, numbers.fenced = self.regressions, self.fenced
+        for name, (bounds, counts, total) in self.histograms.items():
+            if name != "fsync_seconds":
+                histogram = Histogram(bounds)
+                histogram.counts, histogram.total = counts, total
+                setattr(numbers, name, histogram)
+        books = Books(
+            accepted=dict(self.accepted),
+            applied=dict(self.applied),
+            dead_lettered=dict(self.dead_lettered),
+            lost=dict(self.lost),
+            queue_calls=self.queue_calls,
+            threads=self.threads,
+            oldest_at=round(self.oldest * 1e9),
+            rows_skipped=self.rows_skipped,
+        )
+        return Reading(books, dict(self.rejected), numbers, self.limit)
+
+    def copy(self) -> _Sum:
+        """Return an equal sum that shares nothing that changes."""
+        return _Sum(**{each.name: copy(getattr(self, each.name)) for each in fields(self)})
 
     def _add_histogram(self, name: str, histogram: Histogram) -> None:
         _, counts, total = self.histograms.get(name, ((), [0] * len(histogram.counts), 0.0))
@@ -105,22 +228,55 @@ class TrackerCollector(Collector):
     """Exposes every tracker of one registry."""
 
     def __init__(self) -> None:
-        # One list for the living and the closed, changed by single steps: a signal handler may close a tracker in the
-        # middle of a scrape.
-        self._entries: list[Source | Reading] = []
+        # First the sum of those that are gone, then an account each. Changed by single steps, and read by one: a signal
+        # handler may open or close a tracker in the middle of a scrape, the garbage collector may free one anywhere.
+        self._entries: list[_Sum | Counted] = [_Sum()]
+        self._folding = Lock()
+        self._pid = os.getpid()
 
-    def add(self, source: Source) -> None:
-        """Include *source* in every scrape."""
-        self._entries.append(source)
+    def add(self, account: Counted) -> None:
+        """Include *account* in every scrape."""
+        self._entries.append(account)
+        self._fold()
 
-    def retire(self, source: Source) -> None:
-        """Keep what *source* has counted until now, and let go of it. Once, or without effect."""
-        with suppress(ValueError):
-            self._entries[self._entries.index(source)] = source.reading()
+    def start(self, account: Account) -> None:
+        """The tracker of *account* is about to work."""
+        account.started = True
+        if account.folded:
+            # A finalizer made the first call of a tracker that was taken for gone: its refused calls count twice.
+            account.folded = False
+            self._entries.append(account)
+
+    def retire(self, account: Account) -> None:
+        """The tracker of *account* is closed: its limit and state count no more, what it counted stays."""
+        account.closed = True
 
     def after_fork(self) -> None:
-        """In a fork's child: nothing that the parent has closed is counted here."""
-        self._entries = [entry for entry in self._entries if not isinstance(entry, Reading)]
+        """In a fork's child, once: nothing of trackers that are gone in the parent is counted here."""
+        if self._pid != os.getpid():
+            living = (each for each in self._entries if not isinstance(each, _Sum) and not each.ended)
+            self._entries, self._folding, self._pid = [_Sum(), *living], Lock(), os.getpid()
+
+    def _fold(self) -> None:
+        """Put those that are gone into the sum."""
+        if not self._folding.acquire(blocking=False):
+            return  # somebody does it, perhaps below this very call
+        try:
+            entries = self._entries.copy()
+            total, living, ended = _Sum(), list[Counted](), list[Counted]()
+            for entry in entries:
+                if isinstance(entry, _Sum):
+                    total = entry
+                else:
+                    (ended if entry.ended else living).append(entry)
+            if ended:
+                total = total.copy()
+                for account in ended:
+                    account.folded = True
+                    total.add(account.collected(), alive=False)
+                self._entries[: len(entries)] = [total, *living]  # what was added meanwhile stands behind them
+        finally:
+            self._folding.release()
 
     def describe(self) -> Iterable[Metric]:
         """The names, for the registry to find duplicates."""
@@ -128,11 +284,22 @@ class TrackerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read everything once and yield the families."""
+        yield from _families(self._total())
+
+    def reading(self) -> Reading:
+        """Read everything once, as if it were one tracker's."""
+        return self._total().reading()
+
+    def _total(self) -> _Sum:
+        self.after_fork()  # the process may have forked without Python's knowledge
+        self._fold()
         total = _Sum()
         for entry in self._entries.copy():
-            closed = isinstance(entry, Reading)
-            total.add(entry if isinstance(entry, Reading) else entry.reading(), alive=not closed)
-        yield from _families(total)
+            if isinstance(entry, _Sum):
+                total = entry.copy()
+            else:
+                total.add(entry.collected(), alive=not (entry.closed or entry.ended))
+        return total
 
 
 def _families(total: _Sum) -> Iterator[Metric]:
@@ -171,9 +338,26 @@ def _families(total: _Sum) -> Iterator[Metric]:
     regressions.add_metric([], total.regressions)
     yield regressions
     yield _gauge("fenced", "1 when this process may not write any more.", int(total.fenced))
+    if total.journals:
+        yield from _journal_families(total)
     build = GaugeMetricFamily("tracker_build_info", "1, with the version.", labels=["version"])
     build.add_metric([_version()], 1)
     yield build
+
+
+def _journal_families(total: _Sum) -> Iterator[Metric]:
+    yield _gauge("journal_bytes", "Bytes that the journal's files take.", total.journal_bytes)
+    yield _gauge("journal_quota_bytes", "Bytes that the journal's files may take (journal_quota).", total.journal_quota)
+    yield _gauge("journal_degraded", "1 while calls are held in memory alone.", int(total.journal_degraded))
+    yield _counter("journal_errors", "Errors of the journal by operation.", "op", OPERATIONS, total.journal_errors)
+    yield _histogram("journal_fsync_duration_seconds", "One fsync of the journal.", total, "fsync_seconds")
+    for name, text, value in (
+        ("recovered", "Calls that an earlier process had accepted, applied by this one.", total.recovered),
+        ("replayed", "Calls applied again because the database had forgotten them.", total.replayed),
+    ):
+        family = CounterMetricFamily(f"tracker_journal_{name}_calls", text)
+        family.add_metric([], value)
+        yield family
 
 
 def _counter(name: str, text: str, label: str, values: Sequence[str], counts: Mapping[str, int]) -> CounterMetricFamily:
@@ -199,7 +383,7 @@ def _histogram(name: str, text: str, total: _Sum, key: str) -> HistogramMetricFa
 def _empty() -> dict[str, tuple[Sequence[float], list[int], float]]:
     numbers = FlushNumbers()
     names = ("flush_seconds", "flush_rows", "commit_lag_seconds")
-    found = {name: getattr(numbers, name) for name in names}
+    found = {name: getattr(numbers, name) for name in names} | {"fsync_seconds": Histogram(SECONDS)}
     return {name: (each.bounds, list(each.counts), 0.0) for name, each in found.items()}
 
 

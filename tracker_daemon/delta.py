@@ -17,11 +17,15 @@ from decimal import Clamped, Context, Decimal, DivisionByZero, Inexact, InvalidO
 from typing import TYPE_CHECKING, Final, final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from tracker_daemon.calls import Cost
 
 COST_SCALE: Final = 12
 _UNITS_PER_DOLLAR: Final = 10**COST_SCALE
 _FLOAT_UNITS: Final = 1e12
+# Up to so many names a tuple is smaller than a dict, and as fast to look through.
+_FEW_AGENTS: Final = 8
 # Decimals of up to 15 digits and floats are one to one, so below 10**15 units the division tells the truth.
 _EXACT_BELOW: Final = 1e3
 
@@ -44,7 +48,6 @@ class ThreadDelta:
         thread_id: the thread.
         ensures, turns, resolves: calls of each kind.
         tokens: sum of tokens; not bounded here, the column's bound is the database's.
-        agents: names in order of first use.
         first_at: earliest call, microseconds since 1970.
         last_turn_at: latest `record_turn`, microseconds since 1970, or `None` without a turn.
         resolution_type, resolved_at: of the latest `resolve`, or `None`.
@@ -52,7 +55,7 @@ class ThreadDelta:
     """
 
     __slots__ = (
-        "agents",
+        "_agents",
         "cost_rest",
         "cost_units",
         "ensures",
@@ -72,7 +75,8 @@ class ThreadDelta:
         self.tokens = 0
         self.cost_units = 0
         self.cost_rest: Decimal | None = None
-        self.agents: tuple[str, ...] = ()
+        # In order of first use: a tuple of a few, a dict of many.
+        self._agents: tuple[str, ...] | dict[str, None] = ()
         self.first_at = first_at
         self.last_turn_at: int | None = None
         self.resolution_type: str | None = None
@@ -82,6 +86,12 @@ class ThreadDelta:
     def calls(self) -> int:
         """How many calls are summed here."""
         return self.ensures + self.turns + self.resolves
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The names in order of first use, each once."""
+        names = self._agents
+        return names if type(names) is tuple else tuple(names)
 
     @property
     def cost(self) -> Decimal:
@@ -101,8 +111,11 @@ class ThreadDelta:
         self.tokens += tokens
         if cost:
             self.pay(cost)
-        if agent_name is not None and agent_name not in self.agents:
-            self.agents += (agent_name,)
+        if agent_name is not None and agent_name not in self._agents:
+            if len(self._agents) < _FEW_AGENTS:
+                self._agents += (agent_name,)  # type: ignore[operator]  # of a few: a tuple
+            else:
+                self.use((agent_name,))
         last = self.last_turn_at
         if last is None or at > last:
             self.last_turn_at = at
@@ -126,7 +139,8 @@ class ThreadDelta:
         total.cost_units += later.cost_units
         if later.cost_rest is not None:
             total._add_rest(later.cost_rest)  # noqa: SLF001 - a twin's
-        total.agents += tuple(name for name in later.agents if name not in total.agents)
+        if later._agents:
+            total.use(later._agents)
         total.first_at = min(total.first_at, later.first_at)
         if later.last_turn_at is not None:
             before = later.last_turn_at if total.last_turn_at is None else total.last_turn_at
@@ -140,7 +154,18 @@ class ThreadDelta:
         twin = ThreadDelta(self.thread_id, self.first_at)
         for name in ThreadDelta.__slots__:
             setattr(twin, name, getattr(self, name))
+        if type(self._agents) is dict:
+            twin._agents = self._agents.copy()
         return twin
+
+    def use(self, names: Iterable[str]) -> None:
+        """Add agents in the order of *names*; those that are there keep their place."""
+        known = self._agents
+        if type(known) is dict:
+            known.update(dict.fromkeys(names))
+        else:
+            both = dict.fromkeys((*known, *names))
+            self._agents = tuple(both) if len(both) <= _FEW_AGENTS else both
 
     def pay(self, cost: Cost) -> None:
         """Add *cost*, exactly."""

@@ -29,9 +29,10 @@ class EmbeddedSink(PostgresSink):
 
     async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""
-        if not self._migrated:
+        if not self._server.running:
             # Blocks the worker's thread for about a second, and nobody else.
             self._server.start()
+        if not self._migrated:
             connection = await Connector(self._server.conninfo).connect()
             async with connection:
                 await migrate(connection, *self._table)
@@ -40,5 +41,7 @@ class EmbeddedSink(PostgresSink):
 
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """See `Sink.aclose`."""
-        await super().aclose(producer, lane, clean=clean)
-        self._server.stop()
+        try:
+            await super().aclose(producer, lane, clean=clean)
+        finally:  # also when the ledger has something to say, or the deadline has passed
+            self._server.stop()

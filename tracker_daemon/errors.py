@@ -7,14 +7,18 @@ Each message says what was wrong, with which value, and what to do. Arguments ar
 from __future__ import annotations
 
 _SHOWN = 80
+# What a class is called; a metaclass may answer otherwise, or not at all.
+_NAME_OF = type.__dict__["__name__"].__get__
 
 
 def shown(value: object) -> str:
-    """Return *value* as `repr` prints it, cut to 80 characters; never raises."""
+    """Return *value* as `repr` prints it, cut to 80 characters. Raises nothing but a Ctrl-C that comes meanwhile."""
     try:
-        text = repr(value)
-    except Exception:  # a caller's broken __repr__ must not hide the message
-        return f"<{type(value).__name__} whose repr fails>"
+        text = str.__add__("", repr(value))  # of a subclass, too, whose own methods never run
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a caller's broken __repr__ must not hide the message, nor end the host by sys.exit
+        return f"<{_NAME_OF(type(value))} whose repr fails>"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 

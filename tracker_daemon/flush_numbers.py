@@ -56,5 +56,7 @@ class FlushNumbers:
     """Seconds since 1970 of the last commit."""
     regressions: int = 0
     fenced: bool = False
+    ledger: tuple[str, int, int] = ("", 0, 0)
+    """Producer, epoch and sequence of the last batch that the sink acknowledged."""
     last_error: BaseException | None = None
     """What the sink raised last, until a batch goes through."""

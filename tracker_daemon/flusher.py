@@ -52,6 +52,7 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
     "other": STANDING,
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
+_TRIES_OF_GONE: Final = 3
 _LETTERS_TOLD: Final = 10
 # Ledger rows without a sign of life for a month are collected: far enough from it.
 _DAY: Final = 86_400.0
@@ -86,6 +87,7 @@ class Flusher:
         self._on_error, self._journal = on_error, journal
         self._positions: dict[UUID, Opened] = {}
         self._acknowledged: dict[UUID, Opened] = {}
+        self._missing: tuple[UUID, int, int] | None = None
         self._producer: UUID | None = None
         self._forgotten = False
         self._in_hand: Window | None = None
@@ -122,7 +124,7 @@ class Flusher:
                 if deltas is None:
                     await self._load_head()
                     continue
-                window = backlog.head_window
+                window = self._in_hand = backlog.head_window
                 if self._journal is not None and window is not None:
                     await self._make_durable(window)
                 self._in_hand = backlog.head_window
@@ -130,7 +132,7 @@ class Flusher:
                 # The old identity's ledger row may be collected soon.
                 name = backlog.name(renew=bool(last) and self._clock.wall() - last > _DAY)
                 self._producer = name[0]
-                applied = await self._apply(*name, deltas)
+                applied = await self._apply(*name, deltas, backlog.head_oldest_at)
                 window = backlog.settle(deltas, applied)
                 if self._journal is not None and window is not None:
                     self._journal.applied(window)
@@ -149,8 +151,13 @@ class Flusher:
             self._numbers.regressions += isinstance(error, LedgerRegressed)
             self._tell(error, "ledger_at_close", level="error", always=True)
 
-    async def _apply(self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...]) -> Applied:
-        """Apply one batch, however long it takes, and return what became of it."""
+    async def _apply(
+        self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...], taken_at: int = 0
+    ) -> Applied:
+        """Apply one batch, however long it takes, and return what became of it.
+
+        *taken_at*: when the oldest call of its window was taken, nanoseconds since 1970; 0: as its calls say.
+        """
         tries = regressed = 0
         started = self._clock.monotonic()
         while True:
@@ -178,7 +185,7 @@ class Flusher:
             else:
                 break
         self._hurried = False
-        self._record(applied, deltas, self._clock.monotonic() - started)
+        self._record(applied, deltas, self._clock.monotonic() - started, taken_at)
         if tries:
             self._say("info", "flush_recovered", tries=tries)
         return applied
@@ -190,6 +197,7 @@ class Flusher:
         if not isinstance(applied, Applied):
             raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
         self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence)
+        self._numbers.ledger = (str(producer), position.epoch, sequence)
         return applied
 
     # -- the ledger --------------------------------------------------------------------------------
@@ -197,28 +205,29 @@ class Flusher:
     async def _reach(self, producer: UUID, sequence: int) -> Opened:
         """Return where the ledger stands: right before *sequence*, or at or after it if that is applied already."""
         position = self._positions.get(producer)
-        if position is None:
+        if position is None or position.applied_sequence < sequence - 1:
+            # What was given up in doubt may be there: asked, not guessed.
             position = await self._open(producer)
         if position.applied_sequence < sequence - 1 and self._journal is not None:
             await self._apply_again(producer, position.applied_sequence, sequence)
             position = self._positions.get(producer) or await self._open(producer)
         if position.applied_sequence < sequence - 1:
-            missing = sequence - 1 - position.applied_sequence
-            known = self._acknowledged.get(producer)
-            self._say(
-                "error",
-                "batches_missing",
-                first=position.applied_sequence + 1,
-                last=sequence - 1,
-                batches=missing,
-                forgotten=known is not None and known.applied_sequence > position.applied_sequence,
-            )
-            position = await self._sink.open(producer, self.lane, known=position, after=sequence - 1)
-            self._positions[producer] = position
+            self._tell_missing(producer, position.applied_sequence + 1, sequence - 1)
+            position = await self._open(producer, position, after=sequence - 1)
         return position
 
-    async def _open(self, producer: UUID, known: Opened | None = None) -> Opened:
-        position = await self._sink.open(producer, self.lane, known=self._acknowledged.get(producer, known))
+    def _tell_missing(self, producer: UUID, first: int, last: int) -> None:
+        """Say what the ledger lacks, once, however often moving it on is tried."""
+        if self._missing != (producer, first, last):
+            self._missing = (producer, first, last)
+            known = self._acknowledged.get(producer)
+            forgotten = known is not None and known.applied_sequence >= first
+            self._say("error", "batches_missing", first=first, last=last, batches=last - first + 1, forgotten=forgotten)
+
+    async def _open(self, producer: UUID, known: Opened | None = None, *, after: int = 0) -> Opened:
+        if known is None or not after:
+            known = self._acknowledged.get(producer, known)
+        position = await self._sink.open(producer, self.lane, known=known, after=after)
         if self._journal is not None:
             self._journal.opened(producer, position.epoch, position.database)
         self._positions[producer] = position
@@ -234,29 +243,31 @@ class Flusher:
     # -- the journal -------------------------------------------------------------------------------
 
     async def _apply_again(self, producer: UUID, after: int, before: int) -> None:
-        """Apply what the journal has kept of *producer*'s batches after the first and before the second sequence."""
+        """Apply what the journal has of *producer*'s batches after the first and before the second sequence."""
         assert self._journal is not None
-        kept = self._journal.retained(producer)
-        if self._in_hand is not None and self._in_hand.producer == producer:
-            kept.append(self._in_hand)  # some of its batches may be applied, and forgotten, too
-        for window in kept:
+        windows, in_hand = self._journal.retained(producer), self._in_hand
+        if in_hand is not None and in_hand.producer == producer and in_hand not in windows:
+            windows.append(in_hand)  # its first batches may be among what the database forgot
+        for window in windows:
             if window.first < before and (window.last is None or window.last > after):
-                calls = 0
                 try:
                     batches = await self._batches(window)
-                except (OSError, Damage) as error:  # what it held is reported as missing
+                except (OSError, Damage) as error:
+                    # It is said what is missing when the ledger is moved on; a file that is gone holds nothing up.
                     self._journal.errors["read"] += 1
-                    self._tell(error, "journal_not_readable", level="error", always=True)
+                    self._tell(error, "journal_unreadable", level="error", always=True)
                     continue
+                calls = 0
                 for sequence, deltas in batches:
                     if after < sequence < before:
                         await self._apply(producer, sequence, deltas)
                         calls += sum(delta.calls for delta in deltas)
-                self._journal.replayed += calls
-                self._say("warning", "applied_again", first=window.first, calls=calls)
+                if calls:
+                    self._journal.replayed += calls
+                    self._say("warning", "applied_again", first=window.first, calls=calls)
 
     async def _repair_earlier_lives(self) -> None:
-        """The database forgot commits of this life: perhaps also some of those that this process had recovered."""
+        """Apply again what the database may have forgotten of earlier lives since they were recovered."""
         assert self._journal is not None
         for producer in self._journal.retained_producers:
             if producer != self._journal.producer:
@@ -267,7 +278,7 @@ class Flusher:
     async def recover(self) -> None:
         """Apply what earlier processes left, each life under its own identity; return when that is done."""
         journal = self._journal
-        if journal is None:
+        if journal is None or not journal.left:
             return
         await self._in_thread(journal.sync_left)
         for life, error in journal.lives():
@@ -285,7 +296,9 @@ class Flusher:
                 )
                 self._tell(told, "journal_set_aside", level="error", always=True)
         self._numbers.fenced = False
-        self._backlog.recovering = False
+        # What the database forgets before this life is registered there, its own ledger cannot show.
+        self._forgotten = bool(journal.retained_producers)
+        self._backlog.end_recovery()
 
     async def _recover(self, journal: Journal, life: Life) -> None:
         producer = life.producer
@@ -307,6 +320,8 @@ class Flusher:
             )
             if begun or last is None or last > position.applied_sequence:
                 calls += await self._recover_window(window, position)
+            elif window.batches is None:
+                window.batches = last + 1 - window.first
             journal.recovered_window(window)
         journal.recovered_life(life)
         self._positions.pop(producer, None)
@@ -318,7 +333,8 @@ class Flusher:
         self._journal.check_synced(window.paths)
         generation = await self._read(window)
         settled = self._recovered_until.get(window.producer, 0)
-        batches = enumerate(generation.batches(window.max_batch_size), window.first)
+        batches = list(enumerate(generation.batches(window.max_batch_size), window.first))
+        window.batches = len(batches)
         left = [(sequence, deltas) for sequence, deltas in batches if sequence > settled]
         self._backlog.recover(deltas for _, deltas in left)
         self._in_hand = window
@@ -356,10 +372,14 @@ class Flusher:
                     generation = await self._read(window)
                     break
                 except (OSError, Damage) as error:
-                    # Written by this process: the disk is failing. Held, not guessed.
+                    # Written by this process: the disk is failing. Held, not guessed; but what was deleted is gone.
                     tries += 1
                     assert self._journal is not None
                     self._journal.errors["read"] += 1
+                    if isinstance(error, FileNotFoundError) and tries >= _TRIES_OF_GONE:
+                        self._tell(error, "journal_window_gone", level="error", always=True, calls=window.calls)
+                        self._backlog.lose_stored_head(window)
+                        return
                     await self._wait_after(error, tries)
             self._backlog.load(window, generation)
 
@@ -397,12 +417,15 @@ class Flusher:
 
     # -- what is told ------------------------------------------------------------------------------
 
-    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float) -> None:
+    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float, taken_at: int) -> None:
         numbers, now = self._numbers, self._clock.wall()
+        # An instant that a client gave may be of any time: it tells nothing about when its call came.
+        oldest, taken = min(delta.first_at for delta in deltas) / 1e6, taken_at / 1e9
+        since = oldest if not taken or taken <= oldest <= now else taken
         numbers.flushes["duplicate" if applied.duplicate else "ok"] += 1
         numbers.flush_seconds.observe(seconds)
         numbers.flush_rows.observe(len(deltas))
-        numbers.commit_lag_seconds.observe(max(0.0, now - min(delta.first_at for delta in deltas) / 1e6))
+        numbers.commit_lag_seconds.observe(max(0.0, now - since))
         numbers.last_success = now
         numbers.last_error = None
         if applied.duplicate:

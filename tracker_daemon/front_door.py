@@ -20,6 +20,8 @@ from tracker_daemon.errors import InvalidCall, QueueFull, TrackerClosed
 from tracker_daemon.logs import Rated, get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tracker_daemon.backlog import Backlog
     from tracker_daemon.clock import Clock
     from tracker_daemon.generation import Record
@@ -110,7 +112,8 @@ class FrontDoor:
             thread_id: 1 to 512 bytes in UTF-8, no NUL, no lone surrogate.
             agent_name: the same, or `None`.
             tokens: an integer (anything with `__index__`, not `bool`), |n| < 2**63.
-            cost: US dollars; `int`, `float` or `Decimal`, finite. A float counts as the decimal that `repr` prints.
+            cost: US dollars; `int`, `float` or `Decimal`, finite, of at most 2,000 digits before the point and 16,383
+                after. A float counts as the decimal that `repr` prints.
 
         Returns:
             `True`: accepted. `False`: full or closed, with `overflow="drop"`; counted as rejected.
@@ -201,6 +204,22 @@ class FrontDoor:
         if self._raise:
             raise QueueFull(bound, getattr(backlog, bound))
         return False
+
+    def take(self, records: Sequence[Record], taken_at: int = 0) -> str | None:
+        """Take checked calls, with the instants in them, all or none; return `None`, or the bound that is reached.
+
+        Args:
+            records: the calls.
+            taken_at: nanoseconds since 1970, where the instants in *records* may be others; else 0.
+        """
+        if os.getpid() != self._pid:
+            self._after_fork()
+        bound = self._backlog.enter_all(records, taken_at)
+        self._worker.wake()
+        if bound is not None:
+            for _ in records:
+                self._refusals.add("closed" if bound == "closed" else "full")
+        return bound
 
     def _after_fork(self) -> None:
         """Begin a life of this process's own; whoever has the parts says how."""

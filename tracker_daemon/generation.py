@@ -85,7 +85,7 @@ class Generation:
         """Take in a sum that stands for the first calls of its thread; *late*: of the followers; *more*: its rest."""
         part = self.followers if late else self.deltas
         if more:
-            part[delta.thread_id].agents += delta.agents
+            part[delta.thread_id].use(delta.agents)
             return
         part[delta.thread_id] = delta
         self.oldest_at = min(self.oldest_at or delta.first_at * 1_000, delta.first_at * 1_000)

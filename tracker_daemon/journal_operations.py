@@ -111,6 +111,7 @@ async def recover(
             directory, sync_interval=0.0, retain=_RETAIN, quota=2**62, max_batch_size=1, create_missing=True
         )
         try:
+            journal.adopt()
             return await _recover(journal, conninfo, table, skip_damage=skip_damage, tell=tell)
         finally:
             journal.end()
@@ -205,13 +206,28 @@ def _creates_missing(paths: list[Path]) -> bool:
 # -- what is printed -------------------------------------------------------------------------------
 
 
-def as_values(report: Report) -> dict[str, Any]:
-    """Return *report* as JSON has it, with the sums beside the parts."""
-    values = asdict(report)
-    for life, found in zip(report.lives, values["lives"], strict=True):
-        for window, each in zip(life.windows, found["windows"], strict=True):
-            each.update(bytes=window.bytes, torn=window.torn, damage=[asdict(fault) for fault in window.damage])
+def as_values(report: Report) -> list[dict[str, Any]]:
+    """Return *report* as JSON has it: an object a window; files that are in none stand in one without a sequence."""
+    values = []
+    for life in report.lives:
+        windows = list(life.windows)
+        if life.other:
+            windows.append(WindowReport(None, None, False, life.other))
+        of_life = {
+            name: getattr(life, name) for name in ("producer", "lane", "epoch", "begun_at", "directory", "ledger")
+        }
+        for window in windows:
+            sums = {"bytes": window.bytes, "torn": window.torn}
+            damage = [asdict(fault) for fault in window.damage] or None
+            values.append({"holder": report.holder, **of_life, **asdict(window), **sums, "damage": damage})
     return values
+
+
+def faults_of(report: Report) -> list[str]:
+    """Return what is damaged, a sentence each."""
+    faults = [fault for life in report.lives for fault in life.damage]
+    told = [f"{fault.file} is damaged at byte {fault.offset}: {fault.fault}" for fault in faults]
+    return told + [life.fault for life in report.lives if life.fault]
 
 
 def as_lines(report: Report) -> list[str]:
@@ -236,18 +252,11 @@ def _life_lines(life: LifeReport) -> list[str]:
         )
         for row in rows
     ]
-    faults = [f"  {fault.file} is damaged at byte {fault.offset}: {fault.fault}" for fault in life.damage]
     others = [
         f"  {file.name} does not count: {file.bytes} bytes, torn {file.torn}" for file in life.other if not file.damage
     ]
-    told = [f"  {life.fault}"] if life.fault else []
-    return [
-        f"life {life.producer} begun {begun}, epoch {life.epoch}{where}, in {life.directory}",
-        *table,
-        *others,
-        *faults,
-        *told,
-    ]
+    head = f"life {life.producer} begun {begun}, epoch {life.epoch}{where}, in {life.directory}"
+    return [head, *table, *others]
 
 
 def _row(window: WindowReport) -> tuple[str, ...]:
@@ -270,18 +279,25 @@ def told_of(recovery: Recovery) -> list[str]:
         lines.append(f"life {life.producer}: applied {life.applied} calls, found {life.found_applied} applied")
         if life.torn:
             lines.append(f"  {life.torn} bytes were torn: calls in the middle of which the power went")
-        lines += [f"  passed over {fault.size} bytes at byte {fault.offset} of {fault.file}" for fault in life.skipped]
-        if life.left_out:
-            lines.append(
-                f"  left out {life.left_out} calls that can be read: their window was partly applied, and the damage "
-                "hides which of them were; it cannot be exact"
-            )
-        lines += [f"  kept {name}" for name in life.aside]
         if life.pending:
             lines.append(f"  {life.pending} calls are not applied")
     if recovery.dead_lettered:
         lines.append(f"{recovery.dead_lettered} calls became dead letters: see `tracker-daemon dead-letters list`")
     return lines or ["nothing is left to apply"]
+
+
+def warned_of(recovery: Recovery) -> list[str]:
+    """Return what `recover` passed over and left out, a sentence each."""
+    lines = []
+    for life in recovery.lives:
+        lines += [f"passed over {fault.size} bytes at byte {fault.offset} of {fault.file}" for fault in life.skipped]
+        if life.left_out:
+            lines.append(
+                f"left out {life.left_out} calls that can be read: their window was partly applied, and the damage "
+                "hides which of them were; it cannot be exact"
+            )
+        lines += [f"kept {name}" for name in life.aside]
+    return lines
 
 
 def is_done(recovery: Recovery) -> bool:

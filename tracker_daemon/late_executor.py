@@ -22,6 +22,8 @@ class LateExecutor(ThreadPoolExecutor):
         future: Future[Any] = Future()
 
         def job() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 result = fn(*args, **kwargs)
             except BaseException as error:

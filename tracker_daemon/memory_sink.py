@@ -43,7 +43,7 @@ class MemoryRow:
         self.turn_count += delta.turns
         self.total_tokens += delta.tokens
         self.total_cost_usd = EXACT.add(self.total_cost_usd, delta.cost)
-        self.agents_used += tuple(name for name in delta.agents if name not in self.agents_used)
+        self.agents_used = tuple(dict.fromkeys((*self.agents_used, *delta.agents)))
         if delta.resolved_at is not None and (self.ended_at is None or delta.resolved_at >= self.ended_at):
             self.resolution_type, self.ended_at = delta.resolution_type, delta.resolved_at
 

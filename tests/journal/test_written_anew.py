@@ -392,7 +392,7 @@ def test_a_sum_of_very_many_agents(tmp_path: Path) -> None:
     rig.call(("t0", "a", 1, 0.5, 1_700_000_000_000_000_000))
     rig.drain()
     names = tuple(f"{number:0512d}" for number in range(40_000))
-    rig.backlog._window.deltas["t0"].agents = names
+    rig.backlog._window.deltas["t0"]._agents = names
     rig.journal.compact_from = 1
     rig.keep()
     rig.crash()

@@ -109,6 +109,8 @@ class ScriptedSink(MemorySink):
     Attributes:
         script: the outcomes of the next attempts.
         opened, received: the producer of every `open`, the batch of every `apply`, in order.
+        asked: what every `open` was called with.
+        named: the deltas of every batch, by producer and sequence; written by whoever checks names.
         answer: what the last attempt returned or raised.
         applied: the batches in effect, by identity, as they were sent.
         letters: the dead letters stored, by the identity of their batch.
@@ -125,6 +127,8 @@ class ScriptedSink(MemorySink):
         self._clock = clock
         self.script: deque[Outcome] = deque()
         self.opened: list[UUID] = []
+        self.asked: list[tuple[UUID, Opened | None, int]] = []
+        self.named: dict[tuple[UUID, int], tuple[ThreadDelta, ...]] = {}
         self.received: list[Batch] = []
         self.answer: Opened | Applied | BaseException | None = None
         self.applied: dict[Identity, Batch] = {}
@@ -144,6 +148,7 @@ class ScriptedSink(MemorySink):
     async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""
         self.opened.append(producer)
+        self.asked.append((producer, known, after))
         await pause("open")
         outcome = self._next()
         seen, last = self.ledger.get((producer, lane)), self.last.get(producer)
@@ -205,6 +210,13 @@ class ScriptedSink(MemorySink):
         self.late.clear()
         self.ledger.pop((producer, 0), None)
         self._commit()
+
+    def rival(self, producer: UUID) -> int:
+        """Somebody else opens *producer*, whose row is there; return the epoch."""
+        found = self.ledger[producer, 0]
+        self.ledger[producer, 0] = Opened(found.epoch + 1, found.applied_sequence)
+        self._commit((producer, 0), opens=True)
+        return found.epoch + 1
 
     # -- inside ------------------------------------------------------------------------------------
 

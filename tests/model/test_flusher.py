@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from random import Random
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import UUID, uuid4
 
 import pytest
@@ -647,16 +647,52 @@ def test_given_up_while_the_answer_is_on_its_way(world: World) -> None:
     assert world.sink.rows.keys() == {"a", "b"}
 
 
-def test_given_up_in_doubt(world: World) -> None:
-    """What is sealed after a batch in doubt was given up does not take its place in the ledger."""
+@pytest.mark.parametrize("in_effect", [False, True])
+def test_given_up_in_doubt(world: World, caplog: pytest.LogCaptureFixture, *, in_effect: bool) -> None:
+    """What is sealed after a batch in doubt was given up does not take its place; whether it is there is asked."""
     world.put("a")
     with pytest.raises(asyncio.CancelledError):
-        world.flush(DONE, Outcome("cancelled_after"))
+        world.flush(DONE, Outcome("cancelled_after" if in_effect else "cancelled"))
     world.backlog.abandon("deadline")
     world.put("b")
-    world.flush()
-    assert (world.tokens("a"), world.tokens("b")) == (1, 1)
+    with caplog.at_level(logging.INFO, "tracker_daemon"):
+        world.flush()
+    assert (world.tokens("a"), world.tokens("b")) == (in_effect, 1)
     assert world.numbers.flushes == {"ok": 1}
+    assert [batch.sequence for batch in world.sink.received] == [1, 2]
+    expected = [] if in_effect else [(1, 1, 1, False)]
+    names = ("first", "last", "batches", "forgotten")
+    assert [tuple(event[name] for name in names) for event in events(caplog)] == expected
+    assert [after for *_, after in world.sink.asked] == ([0, 0] if in_effect else [0, 0, 1])
+
+
+@pytest.mark.parametrize("how", ["fails", "unanswered", "late"])
+def test_what_is_missing_is_told_once(
+    world: World, caplog: pytest.LogCaptureFixture, how: Literal["fails", "unanswered", "late"]
+) -> None:
+    """However often moving the ledger on fails: one line says what it lacks."""
+    for thread_id in ("a", "b", "c"):
+        world.put(thread_id)
+        world.flush()
+    world.sink.fail_over(2, opens=False)
+    world.put("d")
+    with caplog.at_level(logging.INFO, "tracker_daemon"):
+        world.flush(DONE, DONE, *[Outcome(how), DONE] * 5)
+    missing = [event for event in events(caplog) if event["event"] == "batches_missing"]
+    assert [(event["first"], event["last"], event["batches"], event["forgotten"]) for event in missing] == [
+        (2, 3, 2, True)
+    ]
+    assert sorted(world.sink.rows) == ["a", "d"]
+    world.sink.arrive()
+    assert sorted(world.sink.rows) == ["a", "d"]
+
+
+def test_an_empty_window(world: World) -> None:
+    """It is not sealed: a flush of it would never end."""
+    world.backlog.seal()
+    assert not world.backlog.in_flight
+    world.flush()
+    assert world.sink.opened == []
 
 
 # -- numbers ----------------------------------------------------------------------------------------

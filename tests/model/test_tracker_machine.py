@@ -3,6 +3,7 @@
 The model knows of each life its calls that are pending, and of each thread the digits (see `tests.digits`) of the calls
 that are gone for a reason: lost with a life, forgotten by a failover. Every other digit stands once in the sink's rows,
 dead letters or skipped deltas, or once in a backlog, after every step; in both only while its batch is in doubt.
+Which name each batch bears is known beforehand, and where the ledger must stand before it is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Final
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
@@ -42,7 +43,7 @@ from tracker_daemon.memory_sink import MemoryRow
 from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from tracker_daemon.batch import Batch
     from tracker_daemon.delta import ThreadDelta
@@ -84,27 +85,50 @@ def disjoint(parts: Iterable[set[int]]) -> set[int]:
     return union
 
 
+class Log:
+    """Takes the place of a flusher's log.
+
+    Attributes:
+        missing: what was told of batches that the ledger lacks: of whom, the first, the last, how many, whether forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.missing: list[tuple[str, int, int, int, bool]] = []
+
+    def __getattr__(self, level: str) -> Callable[..., None]:
+        return self._say
+
+    def _say(self, event: str, **fields: Any) -> None:
+        if event == "batches_missing":
+            names = ("producer", "first", "last", "batches", "forgotten")
+            self.missing.append(tuple(fields[name] for name in names))  # type: ignore[arg-type]
+
+
 class Life:
     """One process: a backlog, a flusher, and what the model expects of them.
 
     Attributes:
-        shared: whether another life may have the same identity.
+        rival: the highest epoch under which somebody else has opened the same identity.
         flushing: the flush under way, if any.
         pending: calls by thread, of those that are not settled.
         errors: what the sink has raised, as `on_error` must have been told.
         position: where the ledger was when it last answered; `None`: the next thing is `open`.
-        in_hand: the deltas sent and not yet settled.
+        name: producer and sequence of the batch that is flushed, or that a cancellation left in place.
+        next, rest: the sequence of the next window's first batch, and how many more the window at the head has.
+        acknowledged, given_up: the names of those batches.
+        missing: what must have been told of batches that the ledger lacks.
+        in_hand: the deltas of the batch that has `name`; `None` when it was given up.
         tries: failures since the flush of this batch began, or began again.
     """
 
-    def __init__(
-        self, sink: ScriptedSink, clock: ManualClock, options: dict[str, Any], producer: UUID, *, shared: bool
-    ) -> None:
-        self.shared = shared
+    def __init__(self, sink: ScriptedSink, clock: ManualClock, options: dict[str, Any]) -> None:
+        self.rival = 0
         self.sink, self.clock = sink, clock
         self.backlog, self.numbers = Backlog(**options), FlushNumbers()
         self.told: list[BaseException] = []
-        self.flusher = Flusher(self.backlog, sink, clock, self.numbers, producer, self.told.append)
+        self.flusher = Flusher(self.backlog, sink, clock, self.numbers, self.told.append)
+        self.log = Log()
+        self.flusher._log = self.log  # type: ignore[assignment]
         self.flusher._random = Random(0)
         self.flushing: Driven | None = None
         self.closed = False
@@ -115,8 +139,14 @@ class Life:
         self.regressions = self.skipped = 0
         self.errors: list[BaseException] = []
         self.last_error: BaseException | None = None
-        self.producer, self.position = producer, None
-        self.opened_since_success = False
+        self.producer = self.backlog.producer
+        self.position: Opened | None = None
+        self.just_opened = False
+        self.name: tuple[UUID, int] | None = None
+        self.next, self.rest = 1, 0
+        self.acknowledged, self.given_up = set[tuple[UUID, int]](), set[tuple[UUID, int]]()
+        self.missing: list[tuple[str, int, int, int, bool]] = []
+        self.ledger: tuple[str, int, int] = ("", 0, 0)
         self.last_success = 0.0
         self.in_hand: tuple[ThreadDelta, ...] | None = None
         self.sent_at = 0.0
@@ -185,12 +215,14 @@ class Life:
         """Check where the flush stands now."""
         at = self.at
         if at == "open":
-            self._look_at_open()
+            self._look_at_open(*self.sink.asked[-1])
         elif at == "apply":
             self._look_at_batch(self.sink.received[-1])
         elif at is None:
             assert self.flusher.halted is self.halted
             assert self.halted or self.last_answer_cancelled or not self.backlog.in_flight
+            if self.in_hand is None:
+                self.name = None
 
     @property
     def last_answer_cancelled(self) -> bool:
@@ -202,32 +234,73 @@ class Life:
         """Whether the identity has not been used for more than a day, as far as this process knows."""
         return bool(self.last_success) and self.clock.wall() - self.last_success > DAY
 
-    def _look_at_open(self) -> None:
-        producer = self.sink.opened[-1]
-        if self.position is not None:
-            assert self.is_old, "opened again for nothing"
-            assert self.backlog.head() is not self.in_hand, "a batch in doubt takes a new identity"
-            assert producer != self.producer
-            self.sink.met["renewals"] += 1
-            self.position = None
-        # An identity is kept or is entirely new.
-        assert producer == self.producer or (producer, 0) not in self.sink.ledger
-        self.producer = producer
+    def _look_at_name(self, producer: UUID, sequence: int | None) -> tuple[UUID, int]:
+        """Return the name of the batch under way; if it is a new one, check who gives it."""
+        if self.name is None:
+            self.in_hand, self.sent_at = self.backlog.head(), self.clock.monotonic()
+            assert self.in_hand is not None
+            if self.rest:
+                self.rest -= 1
+            else:
+                self.rest = self.batches_at_head - 1
+                if self.is_old:
+                    self._renew(producer)
+                self.next += self.rest + 1
+            self.name = (self.producer, self.next - self.rest - 1)
+            assert self.name not in self.sink.named, "a name is used twice"
+            self.sink.named[self.name] = self.in_hand
+        assert producer == self.name[0]
+        assert sequence in (None, self.name[1]), "the sequence of a batch has changed"
+        return self.name
+
+    @property
+    def batches_at_head(self) -> int:
+        """How many batches the oldest sealed window has left."""
+        return len(self.backlog._sealed[0].batches)
+
+    def _renew(self, producer: UUID) -> None:
+        assert producer != self.producer, "an old identity is used"
+        assert not any(producer in name for name in self.sink.named)
+        assert (producer, 0) not in self.sink.ledger
+        self.sink.met["renewals"] += 1
+        self.producer, self.position, self.next = producer, None, 1
+
+    def _look_at_open(self, producer: UUID, known: Opened | None, after: int) -> None:
+        _, sequence = self._look_at_name(producer, None)
+        position = self.position
+        short = position is not None and position.applied_sequence < sequence - 1
+        assert (known is None) == (producer not in self.sink.last), "it is not said what is known"
+        if not after:
+            assert position is None or (short and not self.just_opened), "opened again for nothing"
+            return
+        assert position is not None
+        assert self.just_opened, "it goes on without having asked"
+        assert short, "it goes on though nothing is missing"
+        assert after == sequence - 1
+        assert self.sink.ledger[producer, 0] == position
+        lacking = [(producer, number) for number in range(position.applied_sequence + 1, sequence)]
+        assert set(lacking) <= self.acknowledged | self.given_up
+        in_effect = {(name[0], name[3]) for name in self.sink.applied}
+        assert not in_effect & set(lacking), "it goes on over what is there"
+        forgotten = not self.acknowledged.isdisjoint(lacking)
+        told = (str(producer), lacking[0][1], after, len(lacking), forgotten)
+        if self.missing[-1:] != [told]:
+            self.missing.append(told)
+        assert self.log.missing == self.missing
+        self.sink.met["jumps_forgotten" if forgotten else "jumps_given_up"] += 1
 
     def _look_at_batch(self, batch: Batch) -> None:
+        name = self._look_at_name(batch.producer, batch.sequence)
         position = self.position
         assert position is not None, "sent without having opened"
-        assert identity(batch) == (self.producer, 0, position.epoch, position.applied_sequence + 1)
-        if self.closed:
-            return
-        assert batch.deltas is self.backlog.head()
-        if batch.deltas is not self.in_hand:
-            assert not self.is_old or self.opened_since_success
-            self.in_hand, self.sent_at = batch.deltas, self.clock.monotonic()
+        assert identity(batch) == (name[0], 0, position.epoch, position.applied_sequence + 1)
+        assert batch.deltas is self.sink.named[name], "another batch has its name"
+        assert self.in_hand is None or batch.deltas is self.in_hand is self.backlog.head()
 
     def _answered(self, answer: object) -> None:
+        self.just_opened = isinstance(answer, Opened)
         if isinstance(answer, Opened):
-            self.position, self.opened_since_success = answer, True
+            self.position = answer
         elif isinstance(answer, Applied):
             self._applied(answer)
         elif isinstance(answer, LedgerRegressed):
@@ -238,7 +311,9 @@ class Life:
             if self.regressions_in_a_row > 1:
                 self._look_at_wait(answer, self.regressions_in_a_row)
         elif isinstance(answer, Fenced | LedgerMissing):
-            assert self.shared or isinstance(answer, LedgerMissing), "fenced by itself"
+            if isinstance(answer, Fenced):
+                assert self.position is not None
+                assert self.rival > self.position.epoch, "fenced by itself"
             self.halted = answer
             self.kinds["other"] += 1
             self._failed(answer)
@@ -251,9 +326,12 @@ class Life:
 
     def _applied(self, applied: Applied) -> None:
         assert self.position is not None
-        self.position = Opened(self.position.epoch, self.position.applied_sequence + 1)
+        assert self.name is not None
+        self.position = Opened(self.position.epoch, self.name[1])
+        self.ledger = (str(self.name[0]), self.position.epoch, self.name[1])
+        self.acknowledged.add(self.name)
+        self.name = None
         self.last_success, self.last_error = self.clock.wall(), None
-        self.opened_since_success = False
         self.flushes["duplicate" if applied.duplicate else "ok"] += 1
         self.tries = self.regressions_in_a_row = 0
         self.hurried = False
@@ -290,17 +368,26 @@ class Life:
         """The sink was left: after a clean end the ledger stands where it was last seen, or it was told."""
         if clean and ledger != last:
             self._failed(self.told[-1])
-            assert isinstance(self.told[-1], LedgerMissing if ledger is None else LedgerRegressed)
-            self.regressions += ledger is not None
+            rival = ledger is not None and last is not None and ledger.epoch > last.epoch
+            assert not rival or ledger.epoch <= self.rival  # type: ignore[union-attr]
+            expected = LedgerMissing if ledger is None else Fenced if rival else LedgerRegressed
+            assert isinstance(self.told[-1], expected)
+            self.regressions += expected is LedgerRegressed
 
-    def abandoned(self, reason: str) -> None:
-        """Everything pending was given up."""
+    def abandoned(self, reason: str, *, ends: bool = True) -> None:
+        """Everything pending was given up, and if the life *ends* nothing is accepted any more."""
+        if self.in_hand is not None and self.name is not None:
+            self.given_up.update((self.name[0], self.name[1] + number) for number in range(self.rest + 1))
+        self.rest = 0
+        if not self.runs:
+            self.name = None
         if calls := self.pending.total():
             self.lost[reason] += calls
         self.pending.clear()
         self.in_hand = None
-        self.closed = True
-        self.backlog.close()
+        if ends:
+            self.closed = True
+            self.backlog.close()
 
     @property
     def in_effect(self) -> Batch | None:
@@ -331,6 +418,8 @@ class Life:
         assert numbers.fenced == (self.halted is not None)
         assert numbers.last_error is self.last_error
         assert numbers.last_success == self.last_success
+        assert numbers.ledger == self.ledger
+        assert self.log.missing == self.missing
         assert len(self.told) == len(self.errors)
         assert all(map(lambda told, error: told is error, self.told, self.errors))
 
@@ -367,14 +456,9 @@ class TrackerMachine(RuleBasedStateMachine):
     @initialize(
         max_batch_size=st.integers(1, 3),
         create_missing=st.sampled_from([True, True, True, False]),
-        clones=st.sampled_from([False, False, False, True]),
     )
-    def begin(self, *, clones: bool, **options: Any) -> None:
-        """Choose the bounds, and begin the first life.
-
-        *clones*: whether lives share an identity; then the ledger forgets nothing, as epochs would come again.
-        """
-        self.clones = clones
+    def begin(self, **options: Any) -> None:
+        """Choose the bounds, and begin the first life."""
         self.options = {"max_queue_size": 1_000, "max_pending": 1_000, **options}
         self.clock = ManualClock()
         self.sink = ScriptedSink(self.clock, create_missing=options["create_missing"])
@@ -386,12 +470,14 @@ class TrackerMachine(RuleBasedStateMachine):
         self.ticks = 0
         self.lives: list[Life] = []
         self.ended: list[Life] = []
-        self._new_life(uuid4())
+        self._new_life()
 
-    def _new_life(self, producer: UUID) -> Life:
-        life = Life(self.sink, self.clock, self.options, producer, shared=self.clones)
+    def _new_life(self) -> None:
+        """Begin a life; nobody has had its identity."""
+        life = Life(self.sink, self.clock, self.options)
+        assert all(life.producer != other.producer for other in [*self.lives, *self.ended])
+        assert (life.producer, 0) not in self.sink.ledger
         self.lives.append(life)
-        return life
 
     def _life(self, number: int) -> Life:
         return self.lives[number % len(self.lives)]
@@ -490,7 +576,6 @@ class TrackerMachine(RuleBasedStateMachine):
         """What was late arrives."""
         self.sink.arrive()
 
-    @precondition(lambda self: not self.clones)
     @rule(commits=st.sampled_from([1, 1, 2, 3]), opens=SELDOM)
     def fail_over(self, commits: int, *, opens: bool) -> None:
         """The database forgets its last commits."""
@@ -505,12 +590,20 @@ class TrackerMachine(RuleBasedStateMachine):
             vanished = before[thread_id] - self._held(thread_id)
             self.gone[thread_id] |= vanished - self._pending(thread_id)
 
-    @precondition(lambda self: self.sink.ledger and not self.clones)
+    @precondition(lambda self: self.sink.ledger)
     @rule(number=LIFE, really=SELDOM)
     def remove_row(self, number: int, really: bool) -> None:
         """Somebody deletes a row of the ledger."""
         if really:
             self.sink.remove_row(self._life(number).producer)
+
+    @precondition(lambda self: self.sink.ledger)
+    @rule(number=LIFE, really=SELDOM)
+    def rival(self, number: int, really: bool) -> None:
+        """Somebody opens the same identity: who had opened it before is fenced."""
+        life = self._life(number)
+        if really and (life.producer, 0) in self.sink.ledger:
+            life.rival = max(life.rival, self.sink.rival(life.producer))
 
     # -- what happens to processes -----------------------------------------------------------------
 
@@ -527,7 +620,7 @@ class TrackerMachine(RuleBasedStateMachine):
         self.lives.remove(life)
         self.ended.append(life)
         if not self.lives:
-            self._new_life(uuid4())
+            self._new_life()
 
     @precondition(lambda self: len(self.lives) > 1 or self.lives[0].accepted)
     @rule(number=LIFE, really=SELDOM)
@@ -540,19 +633,13 @@ class TrackerMachine(RuleBasedStateMachine):
         life.closed = True
         self.lives.remove(life)  # nobody looks at its books again
         if not self.lives:
-            self._new_life(uuid4())
+            self._new_life()
 
     @precondition(lambda self: len(self.lives) < MOST_LIVES)
     @rule()
     def fork(self) -> None:
         """A child, or another process: empty, with an identity of its own; the parent goes on."""
-        self._new_life(uuid4())
-
-    @precondition(lambda self: self.clones and len(self.lives) < MOST_LIVES)
-    @rule(number=LIFE)
-    def clone(self, number: int) -> None:
-        """A copy of the process with the same identity, as of a machine's snapshot: the first to open is fenced."""
-        self._new_life(self._life(number).producer)
+        self._new_life()
 
     @rule(number=LIFE, really=SELDOM, drains=st.booleans(), script=SCRIPT)
     def close(self, number: int, *, really: bool, drains: bool, script: list[Outcome]) -> None:
@@ -570,27 +657,32 @@ class TrackerMachine(RuleBasedStateMachine):
             reason = "halted" if life.halted else "deadline"
             assert life.backlog.abandon(reason) == life.pending.total()
             life.abandoned(reason)
-        clean = not life.lost and not life.halted and not self.clones
+        clean = not life.lost and not life.halted
         ledger, last = self.sink.ledger.get((life.producer, 0)), self.sink.last.get(life.producer)
         run(life.flusher.aclose(clean=clean or bool(life.halted)))
         assert self.sink.closed[-1] == (life.producer, clean)
         life.left(clean and last is not None, ledger, last)
         self._end(life)
 
-    @precondition(lambda self: any(life.runs for life in self.lives))
-    @rule(number=LIFE, really=SELDOM)
-    def give_up(self, number: int, *, really: bool) -> None:
-        """The deadline passes while an attempt is under way, whose answer comes afterwards."""
+    @precondition(lambda self: any(life.pending.total() for life in self.lives))
+    @rule(number=LIFE, really=st.sampled_from([False, False, True]), ends=SELDOM)
+    def give_up(self, number: int, *, really: bool, ends: bool) -> None:
+        """Everything pending is given up, also while an attempt is under way, whose answer comes afterwards.
+
+        If the life does not end by it, the next calls go out behind what was given up, in doubt or not.
+        """
         life = self._life(number)
-        if really and life.runs and not life.closed:
+        if really and life.pending.total() and not life.closed and not (life.halted and not ends):
+            if life.in_hand is not None and life.in_effect is not None:
+                self.sink.met["given_up_in_effect"] += 1
             self._lose(life)
             assert life.backlog.abandon("deadline") == life.pending.total()
-            life.abandoned("deadline")
+            life.abandoned("deadline", ends=ends)
 
     @rule(seconds=st.sampled_from([60.0, DAY - 1, DAY + 1, 2 * DAY, 31 * DAY]), wall=st.sampled_from([0, 0, -1, 1]))
     def idle(self, seconds: float, wall: int) -> None:
         """Time passes; somebody may set the wall clock an hour back, or ten years on."""
-        self.clock.advance(min(seconds, 2 * DAY) if self.clones else seconds)
+        self.clock.advance(seconds)
         self.clock.set_wall({0: 0.0, -1: -3_600.0, 1: 3_650 * DAY}[wall])
 
     # -- what holds --------------------------------------------------------------------------------
@@ -784,6 +876,9 @@ def test_kept_seeds_meet_everything() -> None:
         "cancelled",
         "halted",
         "lost",
+        "jumps_forgotten",
+        "jumps_given_up",
+        "given_up_in_effect",
         "Fenced",
         "LedgerMissing",
         "ledger_at_close",
@@ -831,9 +926,38 @@ HISTORIES: Final[dict[str, list[tuple[str, dict[str, Any]]]]] = {
     ],
     "given up while the answer is on its way": [
         ("work", {**CALLS_AND, "script": []}),
-        ("give_up", {"number": 0, "really": True}),
+        ("give_up", {"number": 0, "really": True, "ends": True}),
         ("step", {"number": 0, "outcome": Outcome("unanswered")}),
         ("close", {"number": 0, "really": True, "drains": False, "script": []}),
+    ],
+    "given up in doubt, and in effect": [
+        ("work", {**CALLS_AND, "script": [CANCELLED]}),
+        ("give_up", {"number": 0, "really": True, "ends": False}),
+        ("work", {**CALLS_AND, "script": [DONE] * 4}),
+    ],
+    "given up on its way, which it never ends": [
+        ("work", {**CALLS_AND, "script": [Outcome("late"), Outcome("cancelled")]}),
+        ("give_up", {"number": 0, "really": True, "ends": False}),
+        ("work", {**CALLS_AND, "opening": Outcome("unanswered"), "script": []}),
+        ("arrive", {}),
+        ("flush_all", {"number": 0}),
+    ],
+    "the ledger moves on at the second try, whose answer is lost": [
+        ("work", {**CALLS_AND, "script": [DONE] * 4}),
+        ("work", {**CALLS_AND, "script": [DONE] * 4}),
+        ("fail_over", {"commits": 1, "opens": False}),
+        ("call", {"number": 0, "calls": CALL}),
+        ("flush", {"number": 0, "script": [DONE], "opening": DONE}),
+        ("step", {"number": 0, "outcome": DONE}),
+        ("step", {"number": 0, "outcome": Outcome("fails")}),
+        *[("step", {"number": 0, "outcome": DONE})] * 2,
+        ("step", {"number": 0, "outcome": Outcome("unanswered")}),
+        ("flush_all", {"number": 0}),
+    ],
+    "a rival": [
+        ("work", {**CALLS_AND, "script": [DONE] * 4}),
+        ("rival", {"number": 0, "really": True}),
+        ("work", {**CALLS_AND, "script": [DONE]}),
     ],
     "idle for a month": [
         ("work", {**CALLS_AND, "script": [DONE] * 3}),
@@ -850,7 +974,7 @@ HISTORIES: Final[dict[str, list[tuple[str, dict[str, Any]]]]] = {
 def test_kept_history(name: str, max_batch_size: int) -> None:
     """Histories worth keeping, each checked after every step."""
     machine = TrackerMachine()
-    machine.begin(clones=False, create_missing=True, max_batch_size=max_batch_size)
+    machine.begin(create_missing=True, max_batch_size=max_batch_size)
     for rule_name, arguments in HISTORIES[name]:
         getattr(machine, rule_name)(**arguments)
         machine.check_all()

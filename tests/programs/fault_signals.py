@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from telling import WINDOW, say
 
 from tracker_daemon import DrainReport, FlushTimeout, Tracker
-from tracker_daemon.collector import collector_of
+from tracker_daemon.collector import Account, collector_of
 
 if TYPE_CHECKING:
     from tracker_daemon.collector import Reading
@@ -166,7 +166,8 @@ def scraping() -> tuple[Tracker, int]:
             return empty.reading()
 
     empty = make(WINDOW)
-    collector_of(REGISTRY).add(Trap())
+    trap = Trap()
+    collector_of(REGISTRY).add(Account(trap))
     accepted = turns(tracker, 100)
     turns(other, 11)
     say("ready")

@@ -5,10 +5,12 @@ python fork_scenes.py SCENE CONNINFO [HOW_THE_CHILD_LEAVES]
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import threading
+import weakref
 from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,7 @@ def seen(tracker: Tracker) -> dict[str, Any]:
     """Return what a process sees of a tracker."""
     stats = tracker.stats()
     return {
-        "producer": str(tracker._producer),  # what the ledger will have
+        "producer": str(tracker._backlog.producer),  # what the ledger will have
         "stats": [stats.accepted, stats.applied, stats.dead_lettered, stats.lost, stats.pending, stats.rejected],
         "pending": tracker.pending("t0") is not None,
         "counted": counted(),
@@ -78,7 +80,16 @@ def backends() -> list[int]:
 
 
 def running() -> None:
-    """The parent has flushed and pending calls and a connection."""
+    """The parent has flushed and pending calls and a connection, a closed tracker, and counts of one that is gone."""
+    closed, gone = (Tracker(MemorySink(), registry=REGISTRY) for _ in range(2))
+    for each in (closed, gone):
+        calls(each, 3)
+        each.close()
+    left = weakref.ref(gone)
+    del gone, each
+    while left() is not None:
+        gc.collect()
+    assert counted() > 0
     tracker = new_tracker()
     accepted = calls(tracker, 60)
     tracker.flush(20)

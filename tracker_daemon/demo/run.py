@@ -10,26 +10,22 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import platform
 import shutil
-import signal
 import tempfile
-import threading
-import time
-from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from tracker_daemon import Tracker
-from tracker_daemon.demo.screen import Figure, Progress, Report, Screen, screen
-from tracker_daemon.demo.screen import milliseconds as ms
-from tracker_daemon.demo.traffic import CONNECTIONS, TASKS, THREADS, Traffic, WrittenThrough, write_through
+from tracker_daemon.demo.driving import Driving
+from tracker_daemon.demo.figures import Figure, Report
+from tracker_daemon.demo.figures import milliseconds as ms
+from tracker_daemon.demo.screen import screen
+from tracker_daemon.demo.signals import Signals
+from tracker_daemon.demo.traffic import CONNECTIONS, Traffic, WrittenThrough, write_through
 from tracker_daemon.demo.verdict import Comparison, compare
 from tracker_daemon.embedded import EmbeddedPostgres
 from tracker_daemon.postgres.connection import Connector
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from tracker_daemon.demo.count import Counted
+    from tracker_daemon.demo.screen import Screen
 
 SECONDS: Final = 10.0
 RATE: Final = 20_000.0
@@ -50,7 +47,6 @@ _TABLE: Final = "conversations"
 _BASELINE_SCHEMA: Final = "one_statement_a_call"
 _BASELINE_CALLS: Final = 2_000
 _BASELINE_SECONDS: Final = 2.0
-_LOOK: Final = 0.05  # seconds between two looks at the queue
 
 
 def run(
@@ -68,7 +64,7 @@ def run(
         threads: distinct conversations.
         tamper: called with the conninfo before the table is compared: to see the comparison fail.
     """
-    with screen() as shown, _Signals() as signals, _directory() as directory:
+    with screen() as shown, Signals() as signals, _directory() as directory:
         shown.head(f"tracker-daemon {version('tracker-daemon')} demo")
         shown.say("starting PostgreSQL in a temporary directory")
         server = EmbeddedPostgres(directory / "postgres")
@@ -95,82 +91,16 @@ def _directory() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-class _Signals:
-    """What SIGINT, SIGTERM and SIGHUP do, step by step: end the traffic, end the demo, nothing (it is cleaning up)."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self._next = self._end_demo
-        self._cancel: Callable[[], object] | None = None
-
-    @contextmanager
-    def cancelling(self) -> Iterator[None]:
-        """Have the end of the demo cancel the task that runs now: an exception would hit any task of the loop."""
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None
-        self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
-        try:
-            yield
-        finally:
-            self._cancel = None
-
-    def traffic_begins(self) -> None:
-        """From now on, the first signal ends the traffic only."""
-        self._next = self._end_traffic
-
-    def ignore(self) -> None:
-        """From now on, the end must not be disturbed."""
-        self._next = self._nothing
-
-    def _end_traffic(self) -> None:
-        self._next = self._end_demo
-        self.stop.set()
-
-    def _end_demo(self) -> None:
-        self._next = self._nothing
-        self.stop.set()
-        logging.disable()  # connections that are cut off are no news
-        if self._cancel is None:
-            raise KeyboardInterrupt
-        self._cancel()
-
-    def _nothing(self) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        self._before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                self._before[number] = signal.signal(number, lambda *_: self._next())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(logging.NOTSET)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-@dataclass(frozen=True, slots=True)
-class _Look:
-    at: float
-    calls: int
-    rows: int
-
-
 class _Demo:
     """One run on a server that is up."""
 
     def __init__(
-        self, conninfo: str, shown: Screen, signals: _Signals, *, seconds: float, rate: float, threads: int
+        self, conninfo: str, shown: Screen, signals: Signals, *, seconds: float, rate: float, threads: int
     ) -> None:
         self._conninfo, self._screen, self._signals = conninfo, shown, signals
-        self._stop = signals.stop
         self._seconds, self._rate, self._threads = seconds, rate, threads
         self._tracker = Tracker(conninfo, table=_TABLE)
-        self._phase = "chat traffic"
-        self._started = self._traffic_seconds = 0.0
-        self._peak_threads = self._peak_calls = 0
-        self._looks: deque[_Look] = deque(maxlen=int(1 / _LOOK) + 1)
+        self._driving = Driving(self._tracker, shown, signals.stop, seconds=seconds, rate=rate, threads=threads)
 
     async def run(self, tamper: Callable[[str], object] | None) -> Report:
         with self._signals.cancelling():
@@ -186,12 +116,13 @@ class _Demo:
             pace = f"chat traffic for {self._seconds:g} s at {self._rate:,.0f} calls a second"
             self._screen.say(f"{pace}; Ctrl-C ends it early")
             self._signals.traffic_begins()
-            traffic = await self._drive()
+            await self._driving.run()
+            traffic = self._driving.traffic
             if tamper is not None:
                 await asyncio.to_thread(tamper, self._conninfo)
-            self._show(f"comparing {len(traffic.counted):,} rows")
+            self._driving.show(f"comparing {len(traffic.counted):,} rows")
             comparison = await compare(connection, _TABLE, traffic.counted)
-        self._show("measuring one statement a call")
+        self._driving.show("measuring one statement a call")
         through = await write_through(
             self._conninfo,
             f"{_BASELINE_SCHEMA}.{_TABLE}",
@@ -200,66 +131,6 @@ class _Demo:
             seconds=_BASELINE_SECONDS,
         )
         return self._report(traffic, comparison, through)
-
-    async def _drive(self) -> Traffic:
-        """Drive the traffic until it is to stop, and drain."""
-        traffic = Traffic(self._tracker, self._threads, self._rate)
-        async with self._tracker, asyncio.TaskGroup() as group:
-            self._started = time.monotonic()
-            watching = group.create_task(self._watch())
-            await traffic.run(self._stop)
-            self._traffic_seconds = time.monotonic() - self._started
-            self._phase = "draining"
-            await self._tracker.aclose()
-            watching.cancel()
-        return traffic
-
-    async def _watch(self) -> None:
-        """Look at the tracker twenty times a second, show what is seen, and end the traffic when its time is up."""
-        show_at = self._started
-        try:
-            while True:
-                now = time.monotonic()
-                self._look(now)
-                if now >= show_at:
-                    self._show(self._phase)
-                    show_at = now + self._screen.every
-                if now - self._started >= self._seconds:
-                    self._stop.set()
-                await asyncio.sleep(_LOOK)
-        finally:
-            self._stop.set()  # the threads must not outlive the tasks
-
-    def _look(self, now: float) -> None:
-        reading = self._tracker.reading()
-        books = reading.books
-        self._peak_threads = max(self._peak_threads, books.threads)
-        self._peak_calls = max(self._peak_calls, books.queue_calls)
-        self._looks.append(_Look(now, sum(books.accepted.values()), int(reading.numbers.flush_rows.total)))
-
-    def _show(self, phase: str) -> None:
-        self._look(time.monotonic())
-        reading = self._tracker.reading()
-        numbers = reading.numbers
-        first, last = self._looks[0], self._looks[-1]
-        passed = (last.at - first.at) or 1.0
-        self._screen.show(
-            Progress(
-                phase=phase,
-                elapsed=self._traffic_seconds or last.at - self._started,
-                seconds=self._seconds,
-                calls=last.calls,
-                calls_rate=(last.calls - first.calls) / passed,
-                waiting_calls=reading.books.queue_calls,
-                waiting_threads=reading.books.threads,
-                rows=last.rows,
-                rows_rate=(last.rows - first.rows) / passed,
-                flushes=numbers.flushes.total(),
-                recent=tuple(numbers.flush_seconds.recent.copy()),
-                p50=numbers.flush_seconds.quantile(0.5),
-                p99=numbers.flush_seconds.quantile(0.99),
-            )
-        )
 
     def _check_books(self, counted: dict[str, Counted], refused: int, comparison: Comparison) -> None:
         """Compare the tracker's own numbers with the count."""
@@ -289,28 +160,10 @@ class _Demo:
             differences=comparison.named,
             more=comparison.differences - len(comparison.named),
             sections=[
-                ("Written behind", self._written_behind(counted, traffic.refused)),
+                ("Written behind", self._driving.figures()),
                 ("The same calls, one statement each", _written_through(counted, through)),
             ],
         )
-
-    def _written_behind(self, counted: dict[str, Counted], refused: int) -> list[Figure]:
-        stats = self._tracker.stats()
-        numbers = self._tracker.reading().numbers
-        rows, flushes = int(numbers.flush_rows.total), numbers.flushes["ok"] + numbers.flushes["duplicate"]
-        calls = sum(each.calls for each in counted.values())
-        p50, p99 = (ms(numbers.flush_seconds.quantile(share)) for share in (0.5, 0.99))
-        who = f"in {self._traffic_seconds:.1f} s by {TASKS} asyncio tasks, {THREADS} threads"
-        return [
-            Figure("calls made", f"{calls + refused:,}", who),
-            Figure("calls refused", f"{refused:,}"),
-            Figure("calls lost", f"{stats.lost:,}"),
-            Figure("rows written", f"{rows:,}", f"in {flushes:,} transactions"),
-            Figure("calls per row written", f"{calls / rows:.1f}" if rows else "none"),
-            Figure("flush p50", p50),
-            Figure("flush p99", p99),
-            Figure("peak queue depth", f"{self._peak_threads:,}", f"threads, {self._peak_calls:,} calls"),
-        ]
 
 
 def _written_through(counted: dict[str, Counted], through: WrittenThrough) -> list[Figure]:

@@ -62,13 +62,14 @@ class WindowReport:
     """One window.
 
     Attributes:
-        first, last: the sequences of its batches; `last` is `None` where only reading it tells.
+        first, last: the sequences of its batches; `last` is `None` where only reading it tells, `first` where it is no
+            window, but files that are in none.
         sealed: it takes no more calls.
         calls: that can be read.
         pending: of these, the ones that the ledger does not have; `None`: the ledger was not asked.
     """
 
-    first: int
+    first: int | None
     last: int | None
     sealed: bool
     files: list[FileReport]

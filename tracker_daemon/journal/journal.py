@@ -81,6 +81,8 @@ class Journal:
         self.fsync_seconds = Histogram(SECONDS)
         self.degraded = False
         """Whether calls go to memory alone."""
+        self.recovering = False
+        """Whether earlier lives left something that is still to be looked at."""
         self.torn = 0
         """Bytes of torn records that recovery passed over."""
         self.recovered = 0
@@ -109,7 +111,7 @@ class Journal:
         self._not_synced: dict[Path, OSError] = {}
         self._recovered_windows: set[tuple[UUID, int]] = set()
         self._attaching = RLock()
-        self._ended = False
+        self._adopted = self._ended = False
         self.directory = directory
         self._forked = forked
         if not forked:
@@ -126,7 +128,6 @@ class Journal:
             else:
                 self._lock = DirectoryLock(self.base)
             self._look(self.directory)
-            self._adopt()
             probe = self.directory / ".writable"
             probe.touch()
             probe.unlink()
@@ -143,17 +144,22 @@ class Journal:
                 return
         raise JournalError(f"journal {self.base / _FORKS}: no free place")
 
-    def _adopt(self) -> None:
-        """See to what children left that have died: whoever comes first recovers it."""
-        for place in sorted((self.base / _FORKS).glob("*")):
-            if (
-                place != self.directory
-                and place.is_dir()
-                and any(place.glob("*.journal"))
-                and (lock := try_lock(place))
-            ):
-                self._locks.append(lock)
-                self._look(place)
+    def adopt(self) -> None:
+        """See to what children left that have died: whoever works first takes it over. May block; again: no effect.
+
+        Not when the journal is made: a parent that only forks would hold on to it and never apply it.
+        """
+        if self._adopted or self._lock is None:
+            return
+        self._adopted = True
+        try:
+            for place in sorted((self.base / _FORKS).glob("*")):
+                if place != self.directory and any(place.glob("*.journal")) and (lock := try_lock(place)):
+                    self._locks.append(lock)
+                    self._look(place)
+        except OSError as error:
+            self.errors["read"] += 1
+            self._say("error", "journal_not_adopted", directory=str(self.base / _FORKS), error=str(error))
 
     def look_again(self) -> None:
         """See once more what earlier lives left: somebody who holds this journal has changed it."""
@@ -169,6 +175,7 @@ class Journal:
                 if (producer := producer_of(entry.name)) is not None:
                     path = Path(entry.path)
                     self._left.setdefault(producer, []).append(path)
+                    self.recovering = True
                     self._sizes[path] = entry.stat().st_size
 
     @property
@@ -275,9 +282,10 @@ class Journal:
     def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
         """Give the window in *segments* its identity; `None`: it is in memory alone."""
         first, self.next_first = self.next_first, self.next_first + batches
-        self._next_window = (self._next_window[0] + 1, self.next_first)
-        for segment in self.queue.segments:
-            self._note_first(segment)
+        with self.queue.turn:  # a segment of the next window is either there by now, or made with what is noted here
+            self._next_window = (segments[-1].header.window + 1, self.next_first)
+            for segment in self.queue.segments:
+                self._note_first(segment)
         self._last_window_bytes = sum(segment.end for segment in segments)
         kept = all(segment.path is not None for segment in segments)
         if not kept:
@@ -405,9 +413,9 @@ class Journal:
     def recovered_life(self, life: Life) -> None:
         """All of *life* is in the database."""
         self.torn += life.torn
-        for path in life.leftover:
+        kept = {path for window in self.retained(life.producer) for path in window.paths}
+        for path in {*life.leftover, *self._left.pop(life.producer, ())} - kept:
             self._delete(path)
-        self._left.pop(life.producer, None)
 
     def set_aside(self, error: BaseException) -> None:
         """Something of an earlier life cannot be applied: it stays where it is."""
@@ -470,7 +478,7 @@ class Journal:
             began = time.monotonic()
             try:
                 segment.sync()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:  # the latter two of a map that was let go of meanwhile
                 if not segment.closed:
                     self._bad.append(segment)
                     self.fail("fsync", error)
@@ -575,8 +583,12 @@ class Journal:
         self._ended = True
         left = self.queue.end()
         self._unsynced += [segment for segment in left if segment.path is not None and not segment.is_empty]
+        calls = {segment.path for segment in left if not segment.is_empty}
+        others = any(producer_of(path.name) == self.producer for path in self._sizes.keys() - {s.path for s in left})
         for segment in left:
-            if segment.path is None or segment.is_empty:
+            # A mark that the ledger knows this life stays as long as its windows: they may have been begun before.
+            marks = segment.is_empty and segment.end > HEADER_SIZE and (others or bool(calls))
+            if segment.path is None or (segment.is_empty and not marks):
                 self._drop([segment])
             else:
                 with suppress(OSError):

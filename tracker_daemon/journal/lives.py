@@ -110,6 +110,8 @@ class _Found:
 def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Life:
     """Return the windows in *paths*, all of one producer; *copy*: they may be written to meanwhile.
 
+    A file of zeros was only being made, and is passed over.
+
     A window whose first sequence is nowhere noted follows the one before it; to know how many batches that has it is
     read.
 

@@ -113,18 +113,18 @@ def encode(record: Record) -> bytes:
 def encode_sum(delta: ThreadDelta, *, late: bool = False) -> bytes:
     """Return a delta as a framed record, or as several where it has very many agents."""
     if len(delta.agents) <= _MOST_AGENTS:
-        return _encode_sum(delta, late)
+        return _encode_sum(delta, delta.agents, late)
     parts = []
     for start in range(0, len(delta.agents), _MOST_AGENTS):
-        part = delta.copy() if not start else ThreadDelta(delta.thread_id, delta.first_at)
-        part.agents = delta.agents[start : start + _MOST_AGENTS]
-        parts.append(_encode_sum(part, late | (_MORE if start else 0)))
+        part = ThreadDelta(delta.thread_id, delta.first_at) if start else delta
+        agents = delta.agents[start : start + _MOST_AGENTS]
+        parts.append(_encode_sum(part, agents, late | (_MORE if start else 0)))
     return b"".join(parts)
 
 
-def _encode_sum(delta: ThreadDelta, flags: int) -> bytes:
+def _encode_sum(delta: ThreadDelta, names: tuple[str, ...], flags: int) -> bytes:
     thread, cost = delta.thread_id.encode(), str(delta.cost).encode()
-    agents = b"".join(len(name).to_bytes(2, "little") + name for name in (agent.encode() for agent in delta.agents))
+    agents = b"".join(len(name).to_bytes(2, "little") + name for name in (agent.encode() for agent in names))
     resolution = b"" if delta.resolution_type is None else delta.resolution_type.encode()
     tokens = str(delta.tokens).encode()
     head = _DELTA.pack(
@@ -240,7 +240,7 @@ def _decode_sum(payload: bytes) -> Sum:
     delta.ensures, delta.turns, delta.resolves = ensures, turns, resolves
     delta.tokens = int(tokens)
     delta.pay(Decimal(cost.decode()))
-    delta.agents = tuple(_names(agents))
+    delta.use(_names(agents))
     delta.last_turn_at = None if last_turn_at == _NO_INSTANT else last_turn_at
     if resolved_at != _NO_INSTANT:
         delta.resolution_type, delta.resolved_at = resolution.decode(), resolved_at

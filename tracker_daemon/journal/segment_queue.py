@@ -14,7 +14,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Final
 
 from tracker_daemon.journal import records
-from tracker_daemon.journal.records import FRAME, HEADER_SIZE, Opened
+from tracker_daemon.journal.records import FRAME, Opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sized
@@ -36,7 +36,8 @@ class SegmentQueue(deque[None]):
         super().__init__()
         self._make = make
         self._count = super().append
-        self._turn = RLock()
+        self.turn = RLock()
+        """Held while a segment is made and put behind the others."""
         self._chain: deque[Segment] = deque()
         self._read: list[Segment] = []
         self._segment: Segment | None = None
@@ -72,7 +73,7 @@ class SegmentQueue(deque[None]):
                 return
 
     def _roll(self, seen: Callable[[bytes], object], size: int) -> None:
-        with self._turn:
+        with self.turn:
             if self._write is seen:
                 segment = self._make(self._window, size)
                 # A signal handler that called in between has brought a segment of its own: this one follows it.
@@ -96,7 +97,7 @@ class SegmentQueue(deque[None]):
         while chain and count < limit:
             segment = chain[0]
             if segment.frozen_at is None and len(chain) > 1:
-                with self._turn:  # it is just being done; or an asynchronous exception came in between
+                with self.turn:  # it is just being done; or an asynchronous exception came in between
                     self._freeze_old()
             frozen = segment.frozen_at is not None  # looked at first: what is written later is read the next time
             count += self._drain_one(segment, fold, limit - count, held, most)
@@ -163,7 +164,7 @@ class SegmentQueue(deque[None]):
 
     def cut(self, following: Segment) -> None:
         """End the window: calls go to *following* from here on."""
-        with self._turn:
+        with self.turn:
             self._window += 1
             self._install(following)
 
@@ -177,7 +178,7 @@ class SegmentQueue(deque[None]):
         Return `False`, and do nothing, if a caller has brought a segment since it was made: that one is to be read
         after *following*, and what is written anew in place of what was read would not come before it.
         """
-        with self._turn:
+        with self.turn:
             if self._segment is None or self._segment.header.number > following.header.number:
                 return False
             self._stop = following
@@ -197,11 +198,6 @@ class SegmentQueue(deque[None]):
         read, self._read = self._read, []
         return read
 
-    @property
-    def begun(self) -> bool:
-        """Whether anything was written since the window began."""
-        return bool(self._read) or (bool(self._chain) and (len(self._chain) > 1 or self._chain[0].end > HEADER_SIZE))
-
     def note(self, opened: Opened) -> None:
         """Write a mark among the calls."""
         self._put(records.encode_mark(opened))
@@ -213,7 +209,7 @@ class SegmentQueue(deque[None]):
 
     def end(self) -> list[Segment]:
         """Stop: freeze and return what is left. A call that comes later goes to memory alone."""
-        with self._turn:
+        with self.turn:
             self._segment, self._write = None, _nowhere
             for segment in self._chain:
                 segment.freeze()

@@ -25,6 +25,7 @@ from tracker_daemon.journal.records import (
     Opened,
     Sum,
     decode,
+    encode_mark,
     find_record,
     payload_at,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from tracker_daemon.generation import Record
 
 SUFFIX: Final = ".journal"
+_END_SIZE: Final = len(encode_mark(End(0, 0, 0)))
 SEALED: Final = re.compile(r"([0-9a-f]{32})-(\d{16})-(\d{4,})\.journal")
 _OPEN: Final = re.compile(r"([0-9a-f]{32})-open-(\d{8})\.journal")
 
@@ -104,18 +106,18 @@ class Window:
         """The sequence of its last batch, where known."""
         return None if self.batches is None else self.first + self.batches - 1
 
-    def read(self, *, skip_damage: bool = False) -> Iterator[Record | Sum]:
+    def read(self) -> Iterator[Record | Sum]:
         """Yield what is in it, in order.
 
         Raises:
-            Damage: and *skip_damage* is not set: then it goes on with the next good record.
+            Damage: what was on the disk is not whole.
             OSError: a file cannot be read.
         """
         self.torn = 0
         for path in self.paths:
             file = written(path)
             try:
-                yield from self._records(file, skip_damage=skip_damage)
+                yield from self._records(file)
             finally:
                 file.close()
 
@@ -141,10 +143,10 @@ class Window:
             return []
         return list(generation.of(thread_id))
 
-    def _records(self, file: Written, *, skip_damage: bool) -> Iterator[Record | Sum]:
+    def _records(self, file: Written) -> Iterator[Record | Sum]:
         for piece in pieces(file):
             if isinstance(piece, Lost):
-                if piece.synced and not skip_damage:
+                if piece.synced:
                     raise Damage(file.path, piece.offset, piece.fault)
                 self.torn += piece.size
             elif not isinstance(piece, Opened):
@@ -185,8 +187,9 @@ def pieces(file: Written) -> Iterator[Record | Sum | Opened | Lost]:
             continue
         rest, synced = file.map[offset : file.size], offset < file.synced_at
         torn = bool(rest.strip(b"\0"))
-        # The disk may have kept what came later, and lost this.
-        found = find_record(file.map, offset + 1, file.size) if torn else None
+        # The disk may have kept what came later, and lost this. A mark may end in zeros.
+        end = min(file.size, offset + len(rest.rstrip(b"\0")) + _END_SIZE)
+        found = find_record(file.map, offset + 1, end) if torn else None
         if torn or synced:
             size = len(rest[: None if found is None else found - offset].rstrip(b"\0"))
             fault = fault or ("bytes that are no record" if torn else "nothing, where records were")

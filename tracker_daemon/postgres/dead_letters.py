@@ -61,7 +61,7 @@ def from_json(value: dict[str, Any]) -> ThreadDelta:
     delta.ensures, delta.turns, delta.resolves = value["ensures"], value["turns"], value["resolves"]
     delta.tokens = int(value["tokens"])
     delta.pay(Decimal(value["cost"]))
-    delta.agents = tuple(value["agents"])
+    delta.use(value["agents"])
     delta.last_turn_at = _microseconds(value["last_turn_at"])
     delta.resolution_type = value["resolution_type"]
     delta.resolved_at = _microseconds(value["resolved_at"])

@@ -276,6 +276,9 @@ class PostgresSink:
         if row is None:
             raise LedgerMissing(producer, batch.lane)
         epoch, applied = row
+        if epoch == batch.epoch == 0 and applied >= batch.sequence:
+            # A client without lives: whatever is not newer is a repeat.
+            return Applied(rows=0, duplicate=True, dead_letters=await dead_letters_of(session, batch))
         if epoch > batch.epoch or (epoch == batch.epoch and applied > batch.sequence):
             raise Fenced(producer, batch.lane, batch.epoch, epoch)
         if epoch == batch.epoch and applied == batch.sequence:

@@ -5,6 +5,10 @@
 --
 -- A row that a later call of the thread created bears that call's instant until an earlier one arrives: no turn yet
 -- and last_activity = started_at. Only then may last_activity go back, so that the order of arrival does not matter.
+--
+-- Agents: `@>` and `= ANY` compare each name with each, which is quickest for a few; of many new ones a hash table of
+-- the row's is made (IN over a subquery), and thousands into thousands take milliseconds. An array to which nothing is
+-- added stays the same datum, so that one stored out of line is not written again.
 WITH {moved}lists AS MATERIALIZED (
     SELECT i, agents::text[] AS agents
     FROM unnest(%(agent_lists)s::text[]) WITH ORDINALITY AS l (agents, i)
@@ -45,6 +49,14 @@ WITH {moved}lists AS MATERIALIZED (
         END,
         turn_count = coalesce(c.turn_count, 0) + excluded.turn_count,
         agents_used = CASE
+            WHEN cardinality(excluded.agents_used) > 8 THEN (
+                SELECT CASE
+                    WHEN count(*) = 0 THEN c.agents_used
+                    ELSE c.agents_used || array_agg(u.agent ORDER BY u.i)
+                END
+                FROM unnest(excluded.agents_used) WITH ORDINALITY AS u (agent, i)
+                WHERE (u.agent IN (SELECT unnest(c.agents_used))) IS NOT TRUE
+            )
             WHEN c.agents_used @> excluded.agents_used THEN c.agents_used
             ELSE coalesce(c.agents_used, '{{}}') || ARRAY(
                 SELECT u.agent

@@ -1,0 +1,341 @@
+"""The Grafana dashboard of tracker_daemon, as code: prints `dashboard.json`.
+
+    python deploy/grafana/dashboard.py > deploy/grafana/dashboard.json
+
+Rules:
+1. Every query names metrics of `/metrics` alone, so that it works without the recording rules.
+2. A rate is over `$__rate_interval`, which Grafana makes from the scrape interval and the width of the picture.
+3. A panel says in its description what it means when it moves.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from typing import TYPE_CHECKING, Final
+
+from grafana_foundation_sdk.builders import common as common_builders
+from grafana_foundation_sdk.builders import dashboard as builders
+from grafana_foundation_sdk.builders.prometheus import Dataquery
+from grafana_foundation_sdk.builders.stat import Panel as Stat
+from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import common
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DataSourceRef,
+    Threshold,
+    ThresholdsMode,
+    VariableRefresh,
+    VariableSort,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SOURCE: Final = DataSourceRef(type_val="prometheus", uid="$datasource")
+_WHO: Final = 'job=~"$job", instance=~"$instance"'
+_WIDTH, _HEIGHT = 8, 8
+_AGE: Final = (
+    "time() - (tracker_oldest_pending_timestamp_seconds{WHO} > 0) or tracker_oldest_pending_timestamp_seconds{WHO}"
+)
+
+
+def _ratio(above: str, below: str) -> str:
+    return f"sum(rate({above}{{WHO}}[$__rate_interval])) / sum(rate({below}{{WHO}}[$__rate_interval]))"
+
+
+def _query(text: str, legend: str, number: int) -> Dataquery:
+    """Return a query; in *text* `WHO` stands for the chosen processes."""
+    query = Dataquery().expr(text.replace("WHO", _WHO)).legend_format(legend).ref_id(chr(ord("A") + number))
+    return query.datasource(_SOURCE)
+
+
+def _chart(title: str, unit: str, description: str, *queries: tuple[str, str], stacked: bool = False) -> TimeSeries:
+    panel = (
+        TimeSeries()
+        .title(title)
+        .description(description)
+        .datasource(_SOURCE)
+        .unit(unit)
+        .min(0)
+        .span(_WIDTH)
+        .height(_HEIGHT)
+        .line_width(1)
+        .fill_opacity(30 if stacked else 8)
+        .show_points(common.VisibilityMode.NEVER)
+        .tooltip(common_builders.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI))
+        .legend(
+            common_builders.VizLegendOptions().show_legend(show_legend=True).placement(common.LegendPlacement.BOTTOM)
+        )
+    )
+    if stacked:
+        panel = panel.stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL))
+    for number, (text, legend) in enumerate(queries):
+        panel = panel.with_target(_query(text, legend, number))
+    return panel
+
+
+def _number(title: str, unit: str, description: str, text: str, *, limits: Sequence[tuple[float, str]] = ()) -> Stat:
+    """Return one large number, green below the first of *limits*, then coloured as they say."""
+    steps = [Threshold(None, "green"), *(Threshold(value, color) for value, color in limits)]
+    return (
+        Stat()
+        .title(title)
+        .description(description)
+        .datasource(_SOURCE)
+        .unit(unit)
+        .span(4)
+        .height(4)
+        .thresholds(builders.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
+        .color_mode(common.BigValueColorMode.VALUE)
+        .graph_mode(common.BigValueGraphMode.AREA)
+        .reduce_options(common_builders.ReduceDataOptions().calcs(["lastNotNull"]))
+        .with_target(_query(text, "", 0))
+    )
+
+
+def _variable(name: str, label: str, query: str) -> builders.QueryVariable:
+    return (
+        builders.QueryVariable(name)
+        .label(label)
+        .datasource(_SOURCE)
+        .query(query)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(VariableSort.ALPHABETICAL_ASC)
+        .multi(multi=True)
+        .include_all(include_all=True)
+    )
+
+
+def _numbers() -> list[Stat]:
+    bad = [(1.0, "red")]
+    return [
+        _number(
+            "Calls a second",
+            "cps",
+            "Calls accepted, by all processes together.",
+            "sum(rate(tracker_calls_accepted_total{WHO}[$__rate_interval]))",
+        ),
+        _number(
+            "Pending calls",
+            "short",
+            "Accepted and not yet committed.",
+            "sum(tracker_queue_calls{WHO})",
+        ),
+        _number(
+            "Oldest pending",
+            "s",
+            "How long the oldest call waits for its commit. A window (flush_interval) and a flush are normal.",
+            "max(time() - (tracker_oldest_pending_timestamp_seconds{WHO} > 0)) or vector(0)",
+            limits=[(10.0, "orange"), (60.0, "red")],
+        ),
+        _number(
+            "Lost calls",
+            "short",
+            "Accepted and not kept, within the time shown.",
+            "sum(increase(tracker_calls_lost_total{WHO}[$__range]))",
+            limits=bad,
+        ),
+        _number(
+            "Refused calls",
+            "short",
+            "Not taken because a bound was reached, within the time shown.",
+            'sum(increase(tracker_calls_rejected_total{WHO, reason="full"}[$__range]))',
+            limits=bad,
+        ),
+        _number(
+            "Dead letters",
+            "short",
+            "Calls in deltas that the database will never take, within the time shown; they are in "
+            "tracker_dead_letters.",
+            "sum(increase(tracker_calls_dead_lettered_total{WHO}[$__range]))",
+            limits=[(1.0, "orange")],
+        ),
+    ]
+
+
+def _calls() -> list[TimeSeries]:
+    return [
+        _chart(
+            "Calls accepted",
+            "cps",
+            "By kind of call.",
+            ("sum by (call) (rate(tracker_calls_accepted_total{WHO}[$__rate_interval]))", "{{call}}"),
+            stacked=True,
+        ),
+        _chart(
+            "Accepted and applied",
+            "cps",
+            "Applied follows accepted by a window and a flush; what stays between them is pending.",
+            ("sum(rate(tracker_calls_accepted_total{WHO}[$__rate_interval]))", "accepted"),
+            ("sum(rate(tracker_calls_applied_total{WHO}[$__rate_interval]))", "applied"),
+        ),
+        _chart(
+            "Calls that did not get through",
+            "cps",
+            "Refused: the caller knows. Lost: accepted and not kept. Dead letters: kept in a table of their own.",
+            ("sum by (reason) (rate(tracker_calls_rejected_total{WHO}[$__rate_interval]))", "refused: {{reason}}"),
+            ("sum by (reason) (rate(tracker_calls_lost_total{WHO}[$__rate_interval]))", "lost: {{reason}}"),
+            (
+                "sum by (reason) (rate(tracker_calls_dead_lettered_total{WHO}[$__rate_interval]))",
+                "dead letter: {{reason}}",
+            ),
+        ),
+    ]
+
+
+def _queue() -> list[TimeSeries]:
+    return [
+        _chart(
+            "Threads with uncommitted change",
+            "short",
+            "The bound is on threads, not on calls. With a journal windows wait in files, and none is refused.",
+            ("tracker_queue_depth{WHO}", "{{instance}}"),
+            ("min(tracker_queue_limit{WHO} > 0)", "limit (max_pending)"),
+        ),
+        _chart(
+            "Pending calls",
+            "short",
+            "Accepted and neither applied, dead-lettered nor lost.",
+            ("tracker_queue_calls{WHO}", "{{instance}}"),
+        ),
+        _chart(
+            "Oldest pending call",
+            "s",
+            "Grows by a second a second while nothing is committed.",
+            (_AGE, "{{instance}}"),
+        ),
+    ]
+
+
+def _quantiles(metric: str) -> list[tuple[str, str]]:
+    text = f"histogram_quantile(QUANTILE, sum by (le) (rate({metric}_bucket{{WHO}}[$__rate_interval])))"
+    return [(text.replace("QUANTILE", quantile), f"p{quantile[2:]:0<2}") for quantile in ("0.5", "0.9", "0.99")]
+
+
+def _flush() -> list[TimeSeries]:
+    return [
+        _chart(
+            "Commit lag",
+            "s",
+            "From the oldest call of a batch to its commit: how far a reader of the table is behind.",
+            *_quantiles("tracker_commit_lag_seconds"),
+        ),
+        _chart(
+            "Flush duration", "s", "One transaction, begin to commit.", *_quantiles("tracker_flush_duration_seconds")
+        ),
+        _chart(
+            "Threads in a flush",
+            "short",
+            "Rows a transaction inserts or updates, on average, and calls that each of them stands for.",
+            (_ratio("tracker_flush_rows_sum", "tracker_flush_rows_count"), "threads a flush"),
+            (_ratio("tracker_calls_applied_total", "tracker_flush_rows_sum"), "calls a row"),
+        ),
+        _chart(
+            "Flushes by outcome",
+            "ops",
+            "duplicate: found applied already, after an answer that was lost. retry: tried again soon. "
+            "error: tried again slowly, somebody has to mend something.",
+            ("sum by (outcome) (rate(tracker_flushes_total{WHO}[$__rate_interval]))", "{{outcome}}"),
+            stacked=True,
+        ),
+        _chart(
+            "Errors of the database",
+            "ops",
+            "By class. readonly, auth and schema do not pass by themselves.",
+            ("sum by (class) (rate(tracker_database_errors_total{WHO}[$__rate_interval]))", "{{class}}"),
+            stacked=True,
+        ),
+        _chart(
+            "Ledger",
+            "short",
+            "Regressions: the database forgot commits. Fenced: a process that may not write any more. Rows skipped: "
+            "turns whose thread has no row, with create_missing=False.",
+            ("increase(tracker_ledger_regressions_total{WHO}[$__rate_interval])", "regressions {{instance}}"),
+            ("tracker_fenced{WHO}", "fenced {{instance}}"),
+            ("increase(tracker_rows_skipped_total{WHO}[$__rate_interval])", "rows skipped {{instance}}"),
+        ),
+    ]
+
+
+def _journal() -> list[TimeSeries]:
+    return [
+        _chart(
+            "Journal",
+            "bytes",
+            "Up to a quarter of the quota is windows that are applied and kept for a database that forgets them.",
+            ("tracker_journal_bytes{WHO}", "{{instance}}"),
+            ("min(tracker_journal_quota_bytes{WHO} > 0)", "quota"),
+        ),
+        _chart(
+            "Trouble with the journal",
+            "short",
+            "Degraded: calls are held in memory alone.",
+            ("tracker_journal_degraded{WHO}", "degraded {{instance}}"),
+            ("sum by (op) (increase(tracker_journal_errors_total{WHO}[$__rate_interval]))", "errors: {{op}}"),
+        ),
+        _chart("fsync", "s", "One fsync of the journal.", *_quantiles("tracker_journal_fsync_duration_seconds")),
+        _chart(
+            "Calls applied from the journal",
+            "short",
+            "Recovered: accepted by an earlier process. Replayed: the database had forgotten them.",
+            ("increase(tracker_journal_recovered_calls_total{WHO}[$__rate_interval])", "recovered {{instance}}"),
+            ("increase(tracker_journal_replayed_calls_total{WHO}[$__rate_interval])", "replayed {{instance}}"),
+        ),
+    ]
+
+
+def _process() -> list[TimeSeries]:
+    return [
+        _chart(
+            "CPU",
+            "percentunit",
+            "Of one core.",
+            ("rate(process_cpu_seconds_total{WHO}[$__rate_interval])", "{{instance}}"),
+        ),
+        _chart("Memory", "bytes", "Resident.", ("process_resident_memory_bytes{WHO}", "{{instance}}")),
+        _chart(
+            "Versions and restarts",
+            "short",
+            "Processes by version; a restart shows as a step.",
+            ("count by (version) (tracker_build_info{WHO})", "{{version}}"),
+            ("changes(process_start_time_seconds{WHO}[$__rate_interval])", "restarted {{instance}}"),
+        ),
+    ]
+
+
+def dashboard() -> str:
+    """Return the dashboard as JSON."""
+    board = (
+        builders.Dashboard("tracker_daemon")
+        .uid("tracker-daemon")
+        .description("Write-behind tracking: what is accepted, what waits, what is committed.")
+        .tags(["tracker_daemon"])
+        .time("now-1h", "now")
+        .refresh("30s")
+        .timezone("browser")
+        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .readonly()
+        .with_variable(builders.DatasourceVariable("datasource").label("Data source").type("prometheus"))
+        .with_variable(_variable("job", "Job", "label_values(tracker_build_info, job)"))
+        .with_variable(_variable("instance", "Instance", 'label_values(tracker_build_info{job=~"$job"}, instance)'))
+    )
+    numbers = count(1)
+    for panel in _numbers():
+        board = board.with_panel(panel.id(next(numbers)))
+    for title, panels in (
+        ("Calls", _calls()),
+        ("Waiting", _queue()),
+        ("Flush", _flush()),
+        ("Journal", _journal()),
+        ("Process", _process()),
+    ):
+        board = board.with_row(builders.Row(title).id(next(numbers)))
+        for chart in panels:
+            board = board.with_panel(chart.id(next(numbers)))
+    return JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(dashboard())

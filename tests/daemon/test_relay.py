@@ -1,0 +1,187 @@
+"""The relay and the handlers when something inside them fails."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import anyio
+import httpx
+import pytest
+
+from tests.strategies import NOW
+from tracker_daemon.batch import Batch
+from tracker_daemon.clock import SystemClock
+from tracker_daemon.daemon import bearer
+from tracker_daemon.daemon.admission import Admission
+from tracker_daemon.daemon.app import make_app
+from tracker_daemon.daemon.bearer import Token
+from tracker_daemon.daemon.options import Listen, Options
+from tracker_daemon.daemon.relay import Relay
+from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.errors import JournalError, TrackerError
+from tracker_daemon.sink import Applied, SinkFault
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The daemon's own."""
+    return "asyncio"
+
+
+class FakeSink:
+    """Answers as told: an exception is raised, `None` waits until cancelled, else everything is applied."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.seen: list[list[Batch]] = []
+        self.entered = anyio.Event()
+
+    async def apply_many(self, batches: Sequence[Batch]) -> list[Any]:
+        """See `ManySink.apply_many`."""
+        self.seen.append(list(batches))
+        answer = self.answers.pop(0) if self.answers else Applied(rows=1)
+        self.entered.set()
+        if answer is None:
+            await anyio.sleep_forever()
+        if isinstance(answer, Exception):
+            raise answer
+        return [answer] * len(batches)
+
+    async def disconnect(self) -> None:
+        """See `ManySink.disconnect`."""
+
+    def abort(self) -> None:
+        """See `Sink.abort`."""
+
+
+def relay_of(sink: FakeSink) -> Relay:
+    """Return a relay before *sink*."""
+    return Relay(sink, SystemClock(), window=0, max_batch_size=100, max_waiting=100)  # type: ignore[arg-type]
+
+
+def batch(sequence: int = 1, producer: UUID | None = None) -> Batch:
+    """Return a batch of one turn."""
+    delta = ThreadDelta("t", NOW // 1_000)
+    delta.turn("a", 1, 0, NOW // 1_000)
+    return Batch(producer or uuid4(), 0, 1, sequence, (delta,))
+
+
+async def test_cancelled_in_a_flush() -> None:
+    """Who waits for a flush that is cancelled is told to come again; nothing stays in the queue."""
+    sink, heard = FakeSink(None), list[BaseException]()
+    relay = relay_of(sink)
+
+    async def ask() -> None:
+        try:
+            await relay.apply(batch())
+        except SinkFault as fault:
+            heard.append(fault)
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as outer, anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            outer.start_soon(ask)
+            await sink.entered.wait()
+            tasks.cancel_scope.cancel()
+        await relay.drain()
+    [fault] = heard
+    assert "shutting down" in str(fault)
+
+
+async def test_what_nobody_foresaw() -> None:
+    """An error of no known kind is the answer to its senders, in words that tell nothing; the next batch goes through."""
+    sink = FakeSink(RuntimeError("secret"))
+    relay = relay_of(sink)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            with pytest.raises(SinkFault) as found:
+                await relay.apply(batch())
+            assert found.value.kind == "other"
+            assert "secret" not in str(found.value)
+            assert await relay.apply(batch()) == Applied(rows=1)
+            tasks.cancel_scope.cancel()
+
+
+async def test_found_done() -> None:
+    """A batch that failed and is found done counts then; one that was counted, or was another daemon's, does not."""
+    done = Applied(rows=0, duplicate=True)
+    producer = uuid4()
+    relay = relay_of(FakeSink(SinkFault("connection", "cut"), done, done, done))
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            with pytest.raises(SinkFault):
+                await relay.apply(batch(3, producer))
+            for _ in range(2):
+                assert await relay.apply(batch(3, producer)) == done
+            assert await relay.apply(batch(7)) == done
+            tasks.cancel_scope.cancel()
+    books = relay.collected().books
+    assert sum(books.accepted.values()) == sum(books.applied.values()) == 1
+    assert relay.numbers.flushes["duplicate"] == 3
+
+
+async def test_batches_of_one_go_one_a_transaction() -> None:
+    """Of one producer one batch goes in a transaction, in its order; another's goes past those that wait."""
+    first, second = uuid4(), uuid4()
+    sink = FakeSink()
+    relay = relay_of(sink)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            async with anyio.create_task_group() as asking:
+                for sequence in (1, 2, 3):
+                    asking.start_soon(relay.apply, batch(sequence, first))
+                asking.start_soon(relay.apply, batch(1, second))
+                await anyio.wait_all_tasks_blocked()
+                tasks.start_soon(relay.run)
+            tasks.cancel_scope.cancel()
+    found = [[(each.producer, each.sequence) for each in batches] for batches in sink.seen]
+    assert found == [[(first, 1), (second, 1)], [(first, 2)], [(first, 3)]]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret"), JournalError("/secret/file"), TrackerError("secret")])
+async def test_a_failed_handler(error: Exception) -> None:
+    """What fails inside is a 500 that says so and no more."""
+
+    async def fails(*_: object) -> None:
+        raise error
+
+    service = SimpleNamespace(
+        options=Options(listen=(Listen(Path("s")),)),
+        admission=Admission(1_000_000),
+        token=None,
+        state="ready",
+        relay=SimpleNamespace(open=fails),
+    )
+    transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)  # type: ignore[arg-type]
+    body = json.dumps({"producer": str(uuid4()), "lane": 0, "known": None, "after": 0})
+    async with httpx.AsyncClient(transport=transport, base_url="http://d") as client:
+        reply = await client.post("/v1/producers", content=body)
+    assert (reply.status_code, reply.json()) == (500, {"error": "the daemon failed; its log says why"})
+    assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_the_token_is_compared_in_constant_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every header is compared by `hmac.compare_digest`, once, whatever it holds."""
+    (tmp_path / "token").write_text("a-token-of-more-than-16")
+    token, compared = Token(tmp_path / "token"), list[bytes]()
+
+    def compare(given: bytes, kept: bytes) -> bool:
+        compared.append(given)
+        return hmac.compare_digest(given, kept)
+
+    monkeypatch.setattr(bearer, "hmac", SimpleNamespace(compare_digest=compare))
+    headers = ["", "Bearer", "Bearer x", "Basic a-token-of-more-than-16", "Bearer a-token-of-more-than-16", "\xff \xff"]
+    assert [token.admits(header) for header in headers] == [False, False, False, False, True, False]
+    assert len(compared) == len(headers)

@@ -1,0 +1,275 @@
+"""Every manifest, rendered by the tool that it is for, is valid, and says what a pod of the daemon must."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.manifests import (
+    CASES,
+    CHART,
+    DEPLOY,
+    OVERLAYS,
+    ROOT,
+    daemon_of,
+    documents,
+    helmed,
+    kustomized,
+    of_layer,
+    only,
+    pod_of,
+    run,
+    tool,
+    workload,
+)
+
+RENDERED = (*OVERLAYS, *CASES)
+DAEMONS = tuple(name for name in RENDERED if name != "migrate")
+KUBERNETES = "1.35"
+
+
+def rendered(name: str) -> str:
+    """Return the manifests of an overlay or of a case of the chart."""
+    return kustomized(name) if name in OVERLAYS else helmed(name)
+
+
+def settings_of(found: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the daemon's settings."""
+    data: dict[str, str] = only("ConfigMap", found)["data"]
+    return data
+
+
+# -- by the tools ----------------------------------------------------------------------------------
+
+
+def test_hadolint() -> None:
+    """The Dockerfile has no fault that hadolint knows."""
+    done = run(tool("hadolint"), "--failure-threshold", "style", ROOT / "Dockerfile")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_compose_config() -> None:
+    """Compose takes its file, and warns of nothing."""
+    done = run(tool("docker-compose"), "--file", DEPLOY / "compose/compose.yml", "config", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_kubernetes_validate(name: str, tmp_path: Path) -> None:
+    """Every manifest has the fields of its kind and no other; only the operator's two kinds are not known."""
+    program = tool("kubernetes-validate")
+    file = tmp_path / "all.yaml"
+    file.write_text(rendered(name), encoding="utf-8")
+    done = run(program, "-k", KUBERNETES, "--strict", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    unknown = re.findall(r"schema for kind (\w+)", done.stdout + done.stderr)
+    assert set(unknown) <= {"PodMonitor", "PrometheusRule"}
+    assert (done.stdout + done.stderr).count("passed for resource") == len(documents(rendered(name))) - len(unknown)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_helm_lint(case: str) -> None:
+    """Helm finds no fault in the chart with the values of each case."""
+    values = DEPLOY / "helm/examples" / f"{case}.yaml"
+    done = run(of_layer("helm"), "lint", "--strict", CHART, "--values", values)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[WARNING]" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("journal.sise=1Gi", "sise"),
+        ("settings.FLUSH_INTERVALL=1", "FLUSH_INTERVALL"),
+        ("mode=deamon", "mode"),
+        ("port=0", "port"),
+        ("image.digest=sha256:12", "digest"),
+        ("terminationGracePeriod=45", "must be longer than preStop and twice shutdownTimeout: more than 45"),
+        ("mode=sidecar", "mode sidecar needs chatServer.image"),
+    ],
+)
+def test_wrong_values(setting: str, message: str) -> None:
+    """A misspelt or impossible value stops helm with a message that names it."""
+    done = run(of_layer("helm"), "template", "chat", CHART, "--set", setting)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_schema_is_a_schema() -> None:
+    """The chart's schema is valid itself, describes every value, and takes the defaults."""
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    assert set(values) == set(schema["properties"]) - {"global"}
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: `make test-deploy` has it")
+    jsonschema.Draft7Validator.check_schema(schema)
+    jsonschema.Draft7Validator(schema).validate(values)
+
+
+# -- what a pod must say ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_restricted(name: str) -> None:
+    """Every pod meets the restricted standard, with a read-only root, no service-account token, and limits."""
+    pods = [pod for pod in map(pod_of, documents(rendered(name))) if pod is not None]
+    assert pods
+    for pod in pods:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == 10001
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not any(pod.get(name) for name in ("hostNetwork", "hostPID", "hostIPC"))
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["limits"]["memory"]
+            assert container["resources"]["requests"]["cpu"]
+        for volume in pod["volumes"]:
+            assert "hostPath" not in volume
+
+
+@pytest.mark.parametrize("name", DAEMONS)
+def test_probes(name: str) -> None:
+    """Three probes on the port that the daemon listens at; readiness asks the database only where that harms nobody."""
+    found = documents(rendered(name))
+    pod = pod_of(workload(found))
+    assert pod is not None
+    daemon = daemon_of(pod)
+    (port,) = daemon["ports"]
+    assert settings_of(found)["TRACKER_LISTEN"].split()[-1] == f"0.0.0.0:{port['containerPort']}"
+    probes = {each: daemon[f"{each}Probe"]["httpGet"] for each in ("startup", "liveness", "readiness")}
+    assert {probe["port"] for probe in probes.values()} == {port["containerPort"]}
+    sidecar = daemon["name"] in [container["name"] for container in pod.get("initContainers", [])]
+    assert [probe["path"] for probe in probes.values()] == ["/livez", "/livez", "/livez" if sidecar else "/readyz"]
+
+
+@pytest.mark.parametrize("name", DAEMONS)
+def test_time_to_drain(name: str) -> None:
+    """The grace period is longer than preStop and both parts of the drain."""
+    found = documents(rendered(name))
+    pod = pod_of(workload(found))
+    assert pod is not None
+    drain = 2 * float(settings_of(found)["TRACKER_SHUTDOWN_TIMEOUT"])
+    waits = [
+        float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+        for container in pod["containers"]
+        if "lifecycle" in container
+    ]
+    assert waits
+    assert pod["terminationGracePeriodSeconds"] > drain + max(waits)
+
+
+@pytest.mark.parametrize("name", DAEMONS)
+def test_secrets_are_files(name: str) -> None:
+    """No secret is in the environment or in a ConfigMap; the files that the settings name are mounted."""
+    found = documents(rendered(name))
+    pod = pod_of(workload(found))
+    assert pod is not None
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        assert not any("valueFrom" in variable for variable in container.get("env", []))
+        assert not any("secretRef" in source for source in container.get("envFrom", []))
+    settings = settings_of(found)
+    assert ("TRACKER_DATABASE" in settings) == settings.get("TRACKER_DATABASE", "").startswith("embedded:")
+    mounts = {mount["mountPath"] for mount in daemon_of(pod)["volumeMounts"]}
+    assert mounts == {"/var/lib/tracker", "/run/tracker-daemon", "/etc/tracker-daemon"}
+    for name_ in ("TRACKER_DATABASE_FILE", "TRACKER_TOKEN_FILE", "TRACKER_JOURNAL"):
+        assert name_ not in settings or str(Path(settings[name_]).parent) in mounts
+
+
+@pytest.mark.parametrize("name", DAEMONS)
+def test_selectors_meet(name: str) -> None:
+    """Service, disruption budget, network policy and monitor select the workload's pods."""
+    found = documents(rendered(name))
+    labels = workload(found)["spec"]["template"]["metadata"]["labels"].items()
+    selectors = {
+        "Service": lambda spec: spec["selector"],
+        "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
+        "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
+        "PodMonitor": lambda spec: spec["selector"]["matchLabels"],
+    }
+    seen = set()
+    for document in found:
+        if document["kind"] in selectors:
+            seen.add(document["kind"])
+            assert selectors[document["kind"]](document["spec"]).items() <= labels
+    assert "NetworkPolicy" in seen
+
+
+@pytest.mark.parametrize("name", ["overlays/standalone", "overlays/sidecar", "journal", "sidecar"])
+def test_everything_is_there(name: str) -> None:
+    """The full cases have the budget, the policy, the monitor and the rules, and the rules are Prometheus' own."""
+    found = documents(rendered(name))
+    kinds = {document["kind"] for document in found}
+    assert {"PodDisruptionBudget", "NetworkPolicy", "PodMonitor", "PrometheusRule", "ServiceAccount"} <= kinds
+    rules = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text(encoding="utf-8"))
+    assert only("PrometheusRule", found)["spec"] == rules
+    (endpoint,) = only("PodMonitor", found)["spec"]["podMetricsEndpoints"]
+    pod = pod_of(workload(found))
+    assert pod is not None
+    assert endpoint["port"] == daemon_of(pod)["ports"][0]["name"]
+    assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": "tracker-daemon"}]
+
+
+@pytest.mark.parametrize("name", ["overlays/sidecar", "sidecar"])
+def test_native_sidecar(name: str) -> None:
+    """The sidecar is a restartable init container; the chat server shares its socket and has no more than the token."""
+    pod = pod_of(workload(documents(rendered(name))))
+    assert pod is not None
+    (sidecar,), (server,) = pod["initContainers"], pod["containers"]
+    assert sidecar["restartPolicy"] == "Always"
+    mounts = {mount["mountPath"]: mount["name"] for mount in server["volumeMounts"]}
+    assert {"mountPath": "/run/tracker-daemon", "name": mounts["/run/tracker-daemon"]} in sidecar["volumeMounts"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert "emptyDir" in volumes[mounts["/run/tracker-daemon"]]
+    token = json.dumps(volumes[mounts["/etc/tracker-daemon"]])
+    assert '"path": "token"' in token
+    assert "database" not in token
+
+
+@pytest.mark.parametrize("name", ["overlays/standalone", "journal"])
+def test_volume_for_the_journal(name: str) -> None:
+    """The journal is on a volume of the replica's own that holds its quota."""
+    found = documents(rendered(name))
+    stateful = only("StatefulSet", found)
+    (claim,) = stateful["spec"]["volumeClaimTemplates"]
+    settings = settings_of(found)
+    quota = int(settings.get("TRACKER_JOURNAL_QUOTA", 1 << 30))
+    assert claim["spec"]["accessModes"] == ["ReadWriteOncePod"]
+    assert int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")) << 30 > quota
+    assert settings["TRACKER_JOURNAL"].startswith("/var/lib/tracker/")
+
+
+def test_without_a_journal() -> None:
+    """Without a journal there is a Deployment, no volume claim and no setting for one; the image is by digest."""
+    found = documents(helmed("token"))
+    deployment = only("Deployment", found)
+    assert "TRACKER_JOURNAL" not in settings_of(found)
+    pod = pod_of(deployment)
+    assert pod is not None
+    assert re.fullmatch(r"tracker-daemon@sha256:[0-9a-f]{64}", daemon_of(pod)["image"])
+
+
+def test_config_checksum() -> None:
+    """A changed setting makes new pods, with helm and with kustomize; an unchanged one does not."""
+
+    def mark(*settings: str) -> str:
+        template = workload(documents(helmed("journal", *settings)))["spec"]["template"]
+        return str(template["metadata"]["annotations"]["checksum/config"])
+
+    assert mark() == mark("--set", "replicas=3") != mark("--set", "settings.FLUSH_INTERVAL=1")
+    found = documents(kustomized("overlays/standalone"))
+    name = only("ConfigMap", found)["metadata"]["name"]
+    assert re.fullmatch(r"tracker-daemon-[0-9a-z]{10}", name)
+    pod = pod_of(workload(found))
+    assert pod is not None
+    assert daemon_of(pod)["envFrom"] == [{"configMapRef": {"name": name}}]

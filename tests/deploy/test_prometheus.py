@@ -1,0 +1,103 @@
+"""The rules for Prometheus, by promtool and against the metrics of a daemon that runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.deploy.queries import missing, names
+from tests.deploy.tools import DEPLOY, ROOT, promtool, run
+
+if TYPE_CHECKING:
+    from tests.deploy.conftest import Samples
+
+FOLDER = DEPLOY / "prometheus"
+
+
+def _read(name: str) -> Any:
+    return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+
+
+RULES = [rule for group in _read("rules.yml")["groups"] for rule in group["rules"]]
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+RECORDED = {rule["record"] for rule in RULES if "record" in rule}
+
+
+def test_rules() -> None:
+    """Prometheus takes the rules, and no rule stands there twice."""
+    got = run(promtool(), "check", "rules", "--lint-fatal", FOLDER / "rules.yml")
+    assert got.returncode == 0, got.stdout
+    assert f"{len(RULES)} rules found" in got.stdout
+
+
+def test_units() -> None:
+    """Every alert fires when it should, and not when it should not, across restarts as well."""
+    got = run(promtool(), "test", "rules", FOLDER / "rules_test.yml")
+    assert got.returncode == 0, got.stdout
+
+
+def test_every_alert_is_tested_both_ways() -> None:
+    """No alert without an instant at which it fires and one at which it does not; no recording without a value."""
+    fires, silent, valued = set[str](), set[str](), set[str]()
+    for test in _read("rules_test.yml")["tests"]:
+        for each in test.get("alert_rule_test", ()):
+            (fires if each.get("exp_alerts") else silent).add(each["alertname"])
+        valued |= {name for each in test.get("promql_expr_test", ()) for name in names(each["expr"])}
+    assert fires == silent == set(ALERTS)
+    # The usage is seen by the alert on it, in per cent.
+    assert valued == RECORDED - {"instance:tracker_queue_usage:ratio"}
+
+
+def test_example_configuration() -> None:
+    """Prometheus takes the example, with the rules it names."""
+    got = run(promtool(), "check", "config", FOLDER / "prometheus.yml")
+    assert got.returncode == 0, got.stdout
+    jobs = {job["job_name"] for job in _read("prometheus.yml")["scrape_configs"]}
+    assert "tracker-daemon" in jobs, "the alert TrackerAbsent knows the daemon by that name"
+
+
+def test_metrics_of_a_running_daemon(scraped: str) -> None:
+    """The linter finds nothing to say about `/metrics`."""
+    got = subprocess.run(
+        [promtool(), "check", "metrics"], input=scraped, text=True, capture_output=True, timeout=60, check=False
+    )
+    assert (got.returncode, got.stdout, got.stderr) == (0, "", "")
+
+
+def test_every_metric_exists(samples: Samples) -> None:
+    """Every metric, label and label value that a rule names is in the `/metrics` of a daemon with a journal."""
+    assert [fault for rule in RULES for fault in missing(rule["expr"], samples, RECORDED)] == []
+
+
+def test_what_does_not_exist_is_found(samples: Samples) -> None:
+    """The check of metrics finds a name, a label and a value that are not there."""
+    assert missing("rate(tracker_calls_losst_total[5m])", samples) == ["no metric 'tracker_calls_losst_total'"]
+    assert missing('tracker_calls_lost_total{why="x"}', samples) == ["tracker_calls_lost_total has no label 'why'"]
+    assert missing('tracker_calls_lost_total{reason=~"deadline|fun"}', samples) == [
+        "tracker_calls_lost_total has no reason='fun'"
+    ]
+    assert missing("sum by (kind) (tracker_calls_lost_total)", samples) == [
+        "sum by (kind) (tracker_calls_lost_total): nothing has the label 'kind'"
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(ALERTS))
+def test_shape_of_an_alert(name: str) -> None:
+    """An alert has a severity, a summary, and a runbook of its own name in the repository."""
+    alert = ALERTS[name]
+    assert alert["labels"] == {"severity": alert["labels"]["severity"]}
+    assert alert["labels"]["severity"] in ("critical", "warning")
+    assert set(alert["annotations"]) == {"summary", "runbook_url"}
+    assert alert["annotations"]["runbook_url"] == f"deploy/runbooks/{name}.md"
+    assert (ROOT / alert["annotations"]["runbook_url"]).is_file()
+
+
+def test_readme_names_every_alert() -> None:
+    """The README says what each alert means, and leads to its runbook; what it links to is there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in ALERTS if f"[`{name}`](deploy/runbooks/{name}.md)" not in text] == []
+    assert [link for link in re.findall(r"\]\((deploy/[^)#]*)\)", text) if not (ROOT / link).exists()] == []

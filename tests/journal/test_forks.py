@@ -1,0 +1,138 @@
+"""Forks, several trackers and several processes on one journal: places of their own, and every call applied once."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.digits import Digits
+from tests.faults.harness import sums
+from tests.helpers import Outcome, command, ledger, run_program, running, wait_until, watchdog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _deadline() -> Iterator[None]:
+    """No test waits for ever."""
+    with watchdog(60):
+        yield
+
+
+def play(scene: str, database: str, journal: Path, status: int = 0) -> Outcome:
+    """Run a scene to its end."""
+    outcome = run_program("journal_forks.py", scene, database, str(journal))
+    assert (outcome.returncode, outcome.stderr) == (status, "")
+    assert not [line for line in outcome.said if "failed" in line or line.get("lost")]
+    return outcome
+
+
+def exact(database: str, *outcomes: Outcome) -> bool:
+    """Say whether every call that was accepted counts once, and none else."""
+    digits = Digits()
+    for outcome in outcomes:
+        for line in outcome.said:
+            if "made" in line:
+                digits.tokens(line["made"])
+    assert digits.made
+    verdict = digits.read(sums(database))
+    assert (verdict.missing, verdict.doubled) == ([], [])
+    return verdict.exact
+
+
+def places(outcome: Outcome) -> dict[str, str]:
+    """Return where each process had its files."""
+    return {line["who"]: line["place"] for line in outcome.said if "place" in line}
+
+
+@pytest.mark.parametrize("scene", ["preload", "called_before"])
+def test_children_have_their_own_places(database: str, tmp_path: Path, scene: str) -> None:
+    """Three children at once and their parent: four places, four producers, every call once."""
+    outcome = play(scene, database, tmp_path)
+    assert exact(database, outcome)
+    found = places(outcome)
+    assert found.pop("parent") == "."
+    # A place is free again when its process has ended.
+    assert set(found) == {"a", "b", "c"}
+    assert set(found.values()) <= {"forks/0", "forks/1", "forks/2"}
+    assert {line["stats"][0] - line["stats"][1] for line in outcome.said if "stats" in line} == {0}
+    assert len({producer for producer, _, _ in ledger(database)}) == 4
+
+
+def test_children_of_children(database: str, tmp_path: Path) -> None:
+    """A grandchild takes a place beside its parent's."""
+    outcome = play("nested", database, tmp_path)
+    assert exact(database, outcome)
+    assert places(outcome) == {"child": "forks/0", "grandchild": "forks/1"}
+
+
+@pytest.mark.parametrize(
+    "scene", ["killed_child_next_child", "killed_child_next_child_inside_with", "killed_child_parent"]
+)
+def test_killed_child(database: str, tmp_path: Path, scene: str) -> None:
+    """What a killed child had accepted is applied by whoever works next: another child, or the parent."""
+    outcome = play(scene, database, tmp_path)
+    assert exact(database, outcome)
+    assert [line["applied"] for line in outcome.said if "applied" in line] == [40]
+
+
+@pytest.mark.parametrize("scene", ["parent_that_only_forks", "parent_that_works"])
+def test_parent_and_children_killed(database: str, tmp_path: Path, scene: str) -> None:
+    """A server that loads the application first is killed with all its workers: nothing waits for ever in their places."""
+    killed = play("group_killed", database, tmp_path, -signal.SIGKILL)
+    assert sums(database) == {}
+    outcome = play(scene, database, tmp_path)
+    if scene == "parent_that_only_forks":
+        assert outcome.by("parent")["applied"] == 0
+        # The parent has its own directory, and applies what was left there when it works.
+        assert len(sums(database)) == 4 * 4
+        with_parent = play("again", database, tmp_path)
+        assert exact(database, killed, outcome, with_parent)
+    else:
+        assert exact(database, killed, outcome)
+
+
+def test_child_that_outlives_its_parent(database: str, tmp_path: Path) -> None:
+    """The parent is killed: its directory is free at once, though a child of it lives, and the child's place is its own."""
+    journal, over = tmp_path / "journal", tmp_path / "journal-over"
+    killed = play("orphan", database, journal, -signal.SIGKILL)
+    after = play("parent_that_works", database, journal)
+    assert [line["applied"] for line in after.said if "applied" in line] == [40]  # not the child's
+    over.touch()
+    wait_until(lambda: not over.exists(), "the child's end")
+    assert exact(database, killed, after)
+
+
+def test_several_trackers_in_one_host(database: str, tmp_path: Path) -> None:
+    """A directory each below one: both are killed, with a child that used both, and each finds what is its own."""
+    killed = play("several", database, tmp_path, -signal.SIGKILL)
+    outcome = play("several_again", database, tmp_path)
+    assert exact(database, killed, outcome)
+    assert {line["who"]: line["applied"] for line in outcome.said} == {"one": 40, "two": 40}
+
+
+def test_second_process_is_refused(database: str, tmp_path: Path) -> None:
+    """A second process on a directory is told at once who has it; nothing there changes, and the first goes on."""
+    arguments = ["hold", database, str(tmp_path)]
+    with running(command("journal_forks.py", *arguments)) as holder:
+        holder.wait_for(ready=True)
+        before = sorted(path.name for path in tmp_path.iterdir())
+        refused = play("intrude", database, tmp_path).by("intruder")
+        assert f"is in use by process {holder.process.pid}" in refused["refused"]
+        assert refused["files"] == before
+        holder.process.send_signal(signal.SIGKILL)
+        killed = holder.end()
+    # The lock went with its holder: the next one begins, and applies what was left.
+    assert exact(database, killed, play("parent_that_works", database, tmp_path))
+
+
+def test_two_trackers_on_one_directory(database: str, tmp_path: Path) -> None:
+    """In one process it is refused all the same, until the first is closed."""
+    outcome = play("twice_in_one_process", database, tmp_path)
+    assert "is in use by process" in outcome.by("second")["refused"]
+    assert outcome.accepted == 1
+    assert sums(database) == {"a": 0}

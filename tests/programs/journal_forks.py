@@ -1,0 +1,286 @@
+"""One scene of forking with a journal, by name: each process says what it made, and some are killed.
+
+python journal_forks.py SCENE CONNINFO DIRECTORY
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry
+from telling import WINDOW, say
+
+from tracker_daemon import JournalError, MemorySink, Tracker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SCENE, CONNINFO, DIRECTORY = sys.argv[1:4]
+
+
+def new_tracker(directory: str = DIRECTORY, **settings: Any) -> Tracker:
+    """Make a tracker whose window nobody waits for."""
+    options = {"flush_interval": WINDOW, "registry": CollectorRegistry(), **settings}
+    return Tracker(CONNINFO, journal=directory, **options)
+
+
+def make(tracker: Tracker, name: str, number: int = 20) -> None:
+    """Make calls, each with a digit of its own; say which were accepted, each as soon as it was."""
+    for i in range(number):
+        thread_id = f"{name}-{i % 4}"
+        assert tracker.record_turn(thread_id, name, 4 ** (i // 4))
+        say(name, made=thread_id)
+
+
+def fork(child: Callable[[], None]) -> int:
+    """Run *child* in a fork; return its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    signal.alarm(40)
+    try:
+        child()
+    except BaseException as error:
+        say("child", failed=repr(error))
+        raise
+    os._exit(0)
+
+
+def join(pid: int) -> int:
+    """Wait for a child; return how it ended."""
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def killed() -> None:
+    """End this process at once."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def place(tracker: Tracker) -> str:
+    """Return where a process has its files."""
+    assert tracker._journal is not None
+    return str(tracker._journal.directory.relative_to(DIRECTORY))
+
+
+def children_of(tracker: Tracker, names: list[str]) -> None:
+    """Fork a child for each name at once: each makes calls and closes."""
+
+    def work(name: str) -> None:
+        make(tracker, name)
+        report = tracker.close()
+        stats = tracker.stats()
+        say(name, place=place(tracker), lost=report.lost, stats=[stats.accepted, stats.applied])
+
+    pids = [fork(lambda name=name: work(name)) for name in names]  # type: ignore[misc]
+    assert [join(pid) for pid in pids] == [0] * len(pids)
+
+
+def preload() -> None:
+    """The parent makes the tracker and forks, as a server does that loads the application first."""
+    tracker = new_tracker()
+    children_of(tracker, ["a", "b", "c"])
+    make(tracker, "parent")
+    say("parent", place=place(tracker), lost=tracker.close().lost, producers=4)
+
+
+def called_before() -> None:
+    """The parent has calls in its journal, unflushed, when it forks."""
+    tracker = new_tracker()
+    make(tracker, "parent")
+    children_of(tracker, ["a", "b", "c"])
+    make(tracker, "later")
+    say("parent", place=place(tracker), lost=tracker.close().lost, producers=4)
+
+
+def nested() -> None:
+    """A child forks too."""
+    tracker = new_tracker()
+
+    def child() -> None:
+        make(tracker, "child")
+        children_of(tracker, ["grandchild"])
+        say("child", place=place(tracker), lost=tracker.close().lost)
+
+    assert join(fork(child)) == 0
+    tracker.close()
+
+
+def dying(tracker: Tracker, name: str) -> None:
+    """Fork a child that makes calls and is killed before any of them is flushed."""
+
+    def child() -> None:
+        make(tracker, name)
+        killed()
+
+    assert join(fork(child)) == -signal.SIGKILL
+
+
+def killed_child_next_child() -> None:
+    """A child is killed; the next one finds its calls. The parent never works."""
+    tracker = new_tracker()
+    dying(tracker, "dead")
+
+    def child() -> None:
+        make(tracker, "next")
+        tracker.flush(20)
+        say("next", place=place(tracker), applied=tracker.stats().applied, lost=tracker.close().lost)
+
+    assert join(fork(child)) == 0
+
+
+def killed_child_next_child_inside_with() -> None:
+    """The same; the next child's worker runs before its first call."""
+    tracker = new_tracker()
+    dying(tracker, "dead")
+
+    def child() -> None:
+        with tracker:
+            tick = Event()
+            while tracker._worker._event is None:  # it has looked, found nothing, and waits
+                tick.wait(0.01)
+            make(tracker, "next")
+            tracker.flush(20)
+            say("next", place=place(tracker), applied=tracker.stats().applied)
+
+    assert join(fork(child)) == 0
+
+
+def killed_child_parent() -> None:
+    """A child is killed before the parent begins to work: the parent finds its calls."""
+    tracker = new_tracker()
+    dying(tracker, "dead")
+    make(tracker, "next")
+    tracker.flush(20)
+    say("next", place=place(tracker), applied=tracker.stats().applied, lost=tracker.close().lost)
+
+
+def group_killed() -> None:
+    """Parent and children make calls, and all are killed."""
+    tracker = new_tracker()
+    make(tracker, "parent")
+    read, write = os.pipe()
+
+    def child(name: str) -> None:
+        make(tracker, name)
+        os.write(write, b".")
+        signal.pause()
+
+    pids = [fork(lambda name=name: child(name)) for name in ("a", "b", "c")]  # type: ignore[misc]
+    done = b""
+    while len(done) < len(pids):
+        done += os.read(read, 1)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        join(pid)
+    killed()
+
+
+def orphan() -> None:
+    """The parent is killed, a child of it lives on, until there is a file `over` beside the journal."""
+    tracker = new_tracker()
+    make(tracker, "parent")
+
+    def child() -> None:
+        os.setpgid(0, 0)  # not ended with the rest; an alarm ends it
+        make(tracker, "child")
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.write(write, b".")
+        for stream in (1, 2):  # whoever waits for the parent's end waits for its output's
+            os.dup2(silence, stream)
+        over, tick = Path(f"{DIRECTORY}-over"), Event()
+        while not over.exists():
+            tick.wait(0.01)
+        tracker.close()
+        over.unlink()
+
+    read, write = os.pipe()
+    fork(child)
+    os.read(read, 1)
+    killed()
+
+
+def parent_that_only_forks() -> None:
+    """A parent that never works, and one child: what children of an earlier process left is applied."""
+    tracker = new_tracker()
+
+    def child() -> None:
+        make(tracker, "next")
+        tracker.flush(20)
+        say("next", place=place(tracker), applied=tracker.stats().applied, lost=tracker.close().lost)
+
+    assert join(fork(child)) == 0
+    say("parent", applied=tracker.stats().applied)
+
+
+def parent_that_works() -> None:
+    """A parent that works: what the earlier one and its children left is applied."""
+    tracker = new_tracker()
+    make(tracker, "next")
+    tracker.flush(20)
+    say("next", place=place(tracker), applied=tracker.stats().applied, lost=tracker.close().lost)
+
+
+def again() -> None:
+    """Begin with what is left, make no call, and close."""
+    say("again", lost=new_tracker().close().lost)
+
+
+def several() -> None:
+    """Two trackers in one host, a directory each, over a fork; then both are killed."""
+    one, two = new_tracker(f"{DIRECTORY}/one"), new_tracker(f"{DIRECTORY}/two")
+    make(one, "one")
+    make(two, "two")
+
+    def child() -> None:
+        make(one, "child-one")
+        make(two, "child-two")
+        killed()
+
+    join(fork(child))
+    killed()
+
+
+def several_again() -> None:
+    """The two again: each applies its own."""
+    for name in ("one", "two"):
+        with new_tracker(f"{DIRECTORY}/{name}") as tracker:
+            tracker.flush(20)
+            say(name, applied=tracker.stats().applied)
+
+
+def hold() -> None:
+    """Have the directory, until killed."""
+    tracker = new_tracker()
+    make(tracker, "held")
+    say("holder", ready=True)
+    signal.pause()
+
+
+def intrude() -> None:
+    """Try to have the same directory."""
+    try:
+        new_tracker()
+    except JournalError as error:
+        say("intruder", refused=str(error), files=sorted(path.name for path in Path(DIRECTORY).iterdir()))
+
+
+def twice_in_one_process() -> None:
+    """Make two trackers on one directory."""
+    first = Tracker(MemorySink(), journal=DIRECTORY, registry=CollectorRegistry())
+    try:
+        new_tracker()
+    except JournalError as error:
+        say("second", refused=str(error))
+    first.close()
+    second = new_tracker()
+    say("third", accepted=int(second.record_turn("a")), lost=second.close().lost)
+
+
+if __name__ == "__main__":
+    globals()[SCENE]()

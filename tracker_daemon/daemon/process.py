@@ -1,0 +1,325 @@
+"""`tracker-daemon serve`: sockets, signals, and the order of start and end.
+
+Rules:
+1. What can be wrong with the settings is said before anything starts.
+2. Ready is told (`/readyz`, systemd) once the database would take a batch; not ready before anything is drained.
+3. The first SIGTERM or SIGINT drains; a second one cuts that short. The exit status says whether calls were lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import stat
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tracker_daemon.daemon.app import make_app
+from tracker_daemon.daemon.notify import notify, watchdog_seconds
+from tracker_daemon.errors import ConfigError
+from tracker_daemon.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from tracker_daemon.daemon.options import Listen, Options
+    from tracker_daemon.daemon.service import Service
+
+_HEAD: Final = 16 << 10
+_TOO_MANY: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+)
+_BACKLOG: Final = 2_048
+_KEEP_ALIVE: Final = 75
+_LAST_ANSWERS: Final = 2.0
+
+
+# -- sockets ---------------------------------------------------------------------------------------
+
+
+def bind(address: Listen, options: Options) -> socket.socket:
+    """Return a listening socket at *address*.
+
+    A socket's file that nobody listens on is replaced.
+
+    Raises:
+        ConfigError: somebody listens there, or the address cannot be had; the message says which.
+    """
+    if address.path is None:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        where: Any = (address.host, address.port)
+    else:
+        _remove_stale(address)
+        found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        where = str(address.path)
+    try:
+        # Until the mode is set nobody else may connect.
+        before = os.umask(0o177)
+        try:
+            found.bind(where)
+        finally:
+            os.umask(before)
+        if address.path is not None:
+            if options.socket_group is not None:
+                os.chown(address.path, -1, options.socket_group)
+            address.path.chmod(options.socket_mode)
+        found.listen(_BACKLOG)
+    except OSError as error:
+        found.close()
+        raise ConfigError("listen", f"cannot be had: {error.strerror or error}", str(address)) from None
+    found.setblocking(False)
+    return found
+
+
+def _remove_stale(address: Listen) -> None:
+    path = address.path
+    assert path is not None
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fault = f"cannot be had: the directory {path.parent} cannot be made: {error.strerror}"
+            raise ConfigError("listen", fault, str(address)) from None
+        return
+    except OSError as error:
+        raise ConfigError("listen", f"cannot be had: {error.strerror}", str(address)) from None
+    if not stat.S_ISSOCK(status.st_mode):
+        raise ConfigError("listen", "is there already, and is no socket", str(address))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            return
+        except OSError as error:
+            raise ConfigError("listen", f"cannot be had: {error.strerror or error}", str(address)) from None
+    raise ConfigError("listen", "is in use by another process", str(address))
+
+
+@contextlib.contextmanager
+def removed_at_end(path: Path) -> Iterator[None]:
+    """Remove the socket's file at the end, if it is the same still: another daemon may have put its own there."""
+    made = path.lstat()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(made, path.lstat()):
+                path.unlink()
+
+
+def bind_all(options: Options) -> list[socket.socket]:
+    """Return a listening socket for each address, or none of them."""
+    found: list[socket.socket] = []
+    try:
+        for address in options.listen:
+            found.append(bind(address, options))  # noqa: PERF401 - those that are open must be closed
+    except ConfigError:
+        for each in found:
+            each.close()
+        raise
+    return found
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+def _protocol(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of small methods
+    """Return uvicorn's protocol with bounds on connections and on the time for a request's head."""
+
+    class Bounded(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.client = self.client or _peer(transport)
+            if len(self.connections) > options.max_connections:
+                transport.write(_TOO_MANY)
+                transport.close()
+                return
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget()
+            elif self._late is None:
+                self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._late is None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self._watch()  # the beginning of the next head came with this request
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            self._late = self.loop.call_later(options.read_timeout, self.transport.close)
+
+        def _forget(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+    return Bounded
+
+
+def _peer(transport: asyncio.Transport) -> tuple[str, int] | None:
+    """Name the process at the other end of a Unix socket, if it is of this machine and container."""
+    peer = transport.get_extra_info("socket")
+    option = getattr(socket, "SO_PEERCRED", None)
+    if peer is None or option is None or peer.family != socket.AF_UNIX:
+        return None
+    pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))[0]
+    return (f"process {pid}", 0) if pid else None
+
+
+class _Server(uvicorn.Server):
+    """A server whose signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _server(service: Service) -> _Server:
+    config = uvicorn.Config(
+        make_app(service),
+        http=_protocol(service.options),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        h11_max_incomplete_event_size=_HEAD,
+        timeout_graceful_shutdown=round(_LAST_ANSWERS),
+    )
+    return _Server(config)
+
+
+# -- the process -----------------------------------------------------------------------------------
+
+
+class Process:
+    """Runs a service until it is told to end.
+
+    Args:
+        service: what is served.
+        sockets: where.
+        shutdown_timeout: seconds for the drain.
+        reload: called at SIGHUP.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        sockets: Sequence[socket.socket],
+        shutdown_timeout: float,
+        reload: Callable[[], None],
+    ) -> None:
+        self._service, self._sockets = service, list(sockets)
+        self._timeout, self._reload = shutdown_timeout, reload
+        self._server = _server(service)
+        self._stop = anyio.Event()
+        self._hurry = anyio.Event()
+        self._served = anyio.Event()
+        self._log = get_logger()
+
+    async def run(self) -> int:
+        """Serve; return the exit status: 0 when every accepted call is applied or in the journal."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        async with self._service.tracker, anyio.create_task_group() as tasks:
+            tasks.start_soon(self._serve)
+            tasks.start_soon(self._service.run)
+            tasks.start_soon(self._tell_manager)
+            self._log.info("listening", addresses=", ".join(map(str, self._service.options.listen)), pid=os.getpid())
+            await self._stop.wait()
+            status = await self._drain()
+            self._server.should_exit = True
+            with anyio.move_on_after(_LAST_ANSWERS):
+                await self._served.wait()
+            # Else the driver asks a server that may be deaf to cancel what is under way, and waits for that.
+            self._service.hurry()
+            tasks.cancel_scope.cancel()
+        await self._service.relay.aclose()
+        return status
+
+    async def _serve(self) -> None:
+        await self._server.serve(self._sockets)
+        self._served.set()
+        self._stop.set()
+
+    def _told(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._stop.is_set():
+            self._log.warning("drain_cut_short", signal=name)
+            self._hurry.set()
+        else:
+            self._log.info("stopping", signal=name)
+            self._stop.set()
+
+    def _hang_up(self) -> None:
+        try:
+            self._reload()
+        except ConfigError as error:
+            self._log.error("reload_failed", error=str(error))
+        else:
+            self._log.info("reloaded")
+
+    async def _drain(self) -> int:
+        self._service.stop_accepting()
+        notify("STOPPING=1")
+        report = None
+
+        async def drain() -> None:
+            nonlocal report
+            report = await self._service.drain(self._timeout)
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(drain)
+            await self._hurry.wait()
+            self._service.hurry()
+            report = await self._service.tracker.aclose(0)
+            tasks.cancel_scope.cancel()
+        if report is None:
+            report = await self._service.tracker.aclose(0)
+        level = "error" if report.lost else "info"
+        getattr(self._log, level)(
+            "stopped",
+            applied=report.applied,
+            dead_lettered=report.dead_lettered,
+            journaled=report.journaled,
+            lost=report.lost,
+        )
+        return 1 if report.lost else 0
+
+    async def _tell_manager(self) -> None:
+        await self._service.became_ready.wait()
+        notify("READY=1\nSTATUS=ready")
+        seconds = watchdog_seconds()
+        while seconds is not None:
+            notify("WATCHDOG=1")
+            await anyio.sleep(seconds)

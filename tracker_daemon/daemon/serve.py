@@ -1,0 +1,225 @@
+"""From the settings to a running daemon."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR
+from prometheus_client.registry import CollectorRegistry
+
+from tracker_daemon.clock import SystemClock
+from tracker_daemon.daemon.bearer import Token
+from tracker_daemon.daemon.options import Options, group_id
+from tracker_daemon.daemon.process import Process, bind_all, removed_at_end
+from tracker_daemon.daemon.relay import Relay
+from tracker_daemon.daemon.service import Service
+from tracker_daemon.embedded import EmbeddedPostgres
+from tracker_daemon.errors import ConfigError
+from tracker_daemon.postgres.connection import Connector
+from tracker_daemon.postgres.many import ManySink
+from tracker_daemon.postgres.schema import migrate
+from tracker_daemon.settings import Settings, quoted
+from tracker_daemon.tracker import Tracker
+
+if TYPE_CHECKING:
+    from tracker_daemon.daemon.options import Listen
+
+# What the status page does not show: what holds secrets, or would be no use there.
+_HIDDEN: Final = frozenset({"database"})
+_OTHER_FILES: Final = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every setting of `serve`, checked when it is made.
+
+    Raises:
+        ConfigError: one is wrong; the message names it.
+    """
+
+    database: str
+    listen: tuple[Listen, ...]
+    token_file: Path | None
+    socket_mode: int
+    socket_group: str | None
+    table: tuple[str | None, str]
+    journal: Path | None
+    journal_sync: float
+    journal_retain: float
+    journal_quota: int
+    flush_interval: float
+    relay_interval: float
+    max_batch_size: int
+    max_queue_size: int
+    max_pending: int
+    create_missing: bool
+    shutdown_timeout: float
+    max_body: int
+    max_line: int
+    max_connections: int
+    read_timeout: float
+    log_level: str
+    log_format: str
+
+    def __post_init__(self) -> None:
+        self.options()
+        self.settings()
+        if not 0 <= self.relay_interval <= 60:
+            raise ConfigError("relay_interval", "must be between 0 and 60 seconds", self.relay_interval)
+        if self.token_file is not None:
+            Token(self.token_file)
+
+    def options(self) -> Options:
+        """Return the daemon's own settings."""
+        return Options(
+            listen=self.listen,
+            token_file=self.token_file,
+            socket_mode=self.socket_mode,
+            socket_group=None if self.socket_group is None else group_id(self.socket_group),
+            window=self.relay_interval,
+            max_body=self.max_body,
+            max_line=self.max_line,
+            max_connections=self.max_connections,
+            read_timeout=self.read_timeout,
+        )
+
+    def settings(self) -> Settings:
+        """Return those of the tracker."""
+        return Settings(
+            flush_interval=self.flush_interval,
+            max_batch_size=self.max_batch_size,
+            max_queue_size=self.max_queue_size,
+            max_pending=self.max_pending,
+            create_missing=self.create_missing,
+            shutdown_timeout=self.shutdown_timeout,
+            journal=self.journal,
+            journal_sync=self.journal_sync,
+            journal_retain=self.journal_retain,
+            journal_quota=self.journal_quota,
+        )
+
+    @property
+    def quoted_table(self) -> str:
+        """The table as SQL has it."""
+        return quoted(self.table)
+
+    def shown(self) -> dict[str, Any]:
+        """Return what the status page shows."""
+        found = {name: value for name, value in asdict(self).items() if name not in _HIDDEN}
+        found |= {"listen": [str(address) for address in self.listen], "socket_mode": f"{self.socket_mode:o}"}
+        found["table"] = ".".join(part for part in self.table if part is not None)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+
+
+def run(plan: Plan) -> int:
+    """Serve until told to end; return the exit status.
+
+    Raises:
+        ConfigError, JournalError, EmbeddedPostgresError: it cannot start.
+    """
+    _log_to_stderr(plan)
+    with ExitStack() as stack:
+        database = plan.database
+        if (directory := database.removeprefix("embedded:")) != database:
+            server = EmbeddedPostgres(Path(directory))
+            stack.enter_context(server)
+            database = server.conninfo
+            anyio.run(_migrate, database, plan.table)
+        options = plan.options()
+        sockets = bind_all(options)
+        for address in plan.listen:
+            if address.path is not None:
+                stack.enter_context(removed_at_end(address.path))
+        _allow_files(plan.max_connections)
+        return anyio.run(_serve, plan, options, database, sockets)
+
+
+def _allow_files(connections: int) -> None:
+    """Raise the soft limit on open files as far as the connections need it and the hard one lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+async def _migrate(database: str, table: tuple[str | None, str]) -> None:
+    connection = await Connector(database).connect()
+    async with connection:
+        await migrate(connection, *table)
+
+
+async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]) -> int:
+    registry = CollectorRegistry()
+    for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+        registry.register(collector)
+    token = None if plan.token_file is None else Token(plan.token_file)
+    parts: list[Service] = []
+    tracker = Tracker(
+        database,
+        flush_interval=plan.flush_interval,
+        max_batch_size=plan.max_batch_size,
+        max_queue_size=plan.max_queue_size,
+        max_pending=plan.max_pending,
+        create_missing=plan.create_missing,
+        journal=plan.journal,
+        journal_sync=plan.journal_sync,
+        journal_retain=plan.journal_retain,
+        journal_quota=plan.journal_quota,
+        table=plan.quoted_table,
+        shutdown_timeout=plan.shutdown_timeout,
+        registry=registry,
+        on_error=lambda error: parts[0].note(error) if parts else None,
+    )
+    relay = Relay(
+        ManySink(Connector(database), plan.table, create_missing=plan.create_missing),
+        SystemClock(),
+        window=plan.relay_interval,
+        max_batch_size=plan.max_batch_size,
+        max_waiting=plan.max_pending,
+    )
+    service = Service(options, tracker, relay, token, registry, plan.shown(), max_calls=plan.max_queue_size)
+    parts.append(service)
+
+    def reload() -> None:
+        if token is not None:
+            token.reload()
+
+    return await Process(service, sockets, plan.shutdown_timeout, reload).run()
+
+
+# -- the log ---------------------------------------------------------------------------------------
+
+
+class _Json(logging.Formatter):
+    """A JSON object a line: time, level, logger, event, and the event's fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = dict(getattr(record, "tracker", None) or {"event": record.getMessage()})
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name}
+        line |= {"event": fields.pop("event", None), **fields}
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+def _log_to_stderr(plan: Plan) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = _Json() if plan.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    formatter.converter = time.gmtime
+    formatter.default_time_format, formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel("WARNING")
+    logging.getLogger("tracker_daemon").setLevel(plan.log_level.upper())
