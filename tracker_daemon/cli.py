@@ -47,11 +47,11 @@ def main() -> None:
     program(prog_name="tracker-daemon")
 
 
-def setting(flag: str, **attributes: Any) -> Callable[[Any], Any]:
-    """Return the decorator of an option that is also the environment variable of the same name."""
+def setting(flag: str, *names: str, **attributes: Any) -> Callable[[Any], Any]:
+    """Return the decorator of an option, with other *names*, that is also the environment variable of its name."""
     name = _PREFIX + flag.removeprefix("--").replace("-", "_").upper()
     shown: dict[str, Any] = {"envvar": name, "show_envvar": True, "show_default": "default" in attributes}
-    return click.option(flag, **shown, **attributes)
+    return click.option(flag, *names, **shown, **attributes)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.flush_numbers import FlushNumbers
     from tracker_daemon.journal.journal import Journal
-    from tracker_daemon.journal.windows import Life, Window
+    from tracker_daemon.journal.lives import Life
+    from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Sink
 
 _PLANS: Final[dict[FaultKind, Backoff]] = {
@@ -331,10 +332,6 @@ class Flusher:
         assert self._journal is not None
         self._journal.check_synced(window.paths)
         generation = await self._read(window)
-        if window.damage:
-            if window.first <= position.applied_sequence:
-                raise JournalError(f"{window.damage[0]}; a part of its window is applied, and cannot be told apart now")
-            self._journal.skipped += map(str, window.damage)
         settled = self._recovered_until.get(window.producer, 0)
         batches = list(enumerate(generation.batches(window.max_batch_size), window.first))
         window.batches = len(batches)
@@ -392,8 +389,7 @@ class Flusher:
 
     async def _read(self, window: Window) -> Generation:
         generation = Generation(create_missing=window.create_missing)
-        skip = self._journal is not None and self._journal.skip_damage
-        for number, item in enumerate(window.read(skip_damage=skip)):
+        for number, item in enumerate(window.read()):
             take(generation, item)
             if not number % _BREATH:
                 await anyio.lowlevel.checkpoint()  # lets go of the interpreter

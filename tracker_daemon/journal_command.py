@@ -6,7 +6,9 @@ Nothing but `click` is imported before a command runs.
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     Setting = Callable[..., Callable[[Any], Any]]
     Check = Callable[[click.Context, click.Parameter, str], Any]
+    Table = tuple[str | None, str]
 
 
 def group(
@@ -29,53 +32,62 @@ def group(
     def journal() -> None:
         """Look at a journal, or apply what is left in it."""
 
-    directory = click.argument("directory", type=click.Path(path_type=Path))
+    def may_be_absent(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+        return None if value is None else database(context, parameter, value)
+
+    directory = click.argument("directory", envvar="TRACKER_JOURNAL", type=click.Path(path_type=Path))
+    where = partial(setting, "--database", metavar="URL", help="postgresql:…, a conninfo, or embedded:DIR.")
+    conversations = setting(
+        "--table", default="conversations", callback=table, help="The conversations; may be schema.name."
+    )
 
     @journal.command()
     @directory
-    @click.option("--json", "as_json", is_flag=True, help="A JSON object a window, one a line.")
-    def inspect(directory: Path, *, as_json: bool) -> None:
-        """Print every window in DIRECTORY; exit 1 if one is damaged. Changes nothing, also while a tracker uses it."""
-        with one_line():
-            from tracker_daemon.journal.inspection import inspect as look  # noqa: PLC0415
+    @where(callback=may_be_absent)
+    @conversations
+    @setting("--json", "as_json", is_flag=True, help="A JSON object a window, one a line, with each of its files.")
+    def inspect(directory: Path, database: str | None, table: Table, *, as_json: bool) -> None:
+        """Print every window in DIRECTORY (env var: TRACKER_JOURNAL); with a database also what it does not have.
 
-            windows = look(directory)
-        if not as_json:
-            click.echo(
-                f"{'producer':36} {'batches':>15} {'state':6} {'files':>5} {'bytes':>11} {'calls':>9} {'torn':>6}"
-            )
-        for seen in windows:
-            if as_json:
-                click.echo(json.dumps(seen.as_json()))
-                continue
-            batches = f"{seen.first}-{'?' if seen.last is None else seen.last}"
-            state = "sealed" if seen.sealed else "open"
-            click.echo(
-                f"{seen.producer} {batches:>15} {state:6} {len(seen.files):>5} {seen.size:>11,} {seen.calls:>9,}"
-                f" {seen.torn:>6,}"
-            )
-            if seen.damage:
-                click.echo(f"  {seen.damage}", err=True)
-        sys.exit(1 if any(seen.damage for seen in windows) else 0)
+        Changes nothing, also while a tracker uses it. Exits with 1 if something is damaged.
+        """
+        with one_line():
+            import anyio  # noqa: PLC0415
+
+            from tracker_daemon import journal_operations as operations  # noqa: PLC0415
+
+            report = anyio.run(operations.look, directory, database, table)
+            texts = map(json.dumps, operations.as_values(report)) if as_json else operations.as_lines(report)
+        for text in texts:
+            click.echo(text)
+        faults = operations.faults_of(report)
+        for fault in faults:
+            click.echo(fault, err=True)
+        sys.exit(1 if faults else 0)
 
     @journal.command()
     @directory
-    @setting("--database", required=True, callback=database, metavar="URL", help="postgresql:…, a conninfo.")
-    @setting("--table", default="conversations", callback=table, help="The conversations; may be schema.name.")
-    @setting("--create-missing", type=bool, default=True, help="Whether a turn may create its row.")
-    @click.option("--skip-damage", is_flag=True, help="Pass over what is damaged, and apply the rest.")
-    @click.option("--timeout", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds.")
-    def recover(directory: Path, database: str, **options: Any) -> None:
-        """Apply what is left in DIRECTORY, each call exactly once; exit 1 if something stays there."""
-        with one_line():
-            from tracker_daemon.recovery import recover as apply  # noqa: PLC0415
+    @where(required=True, callback=database)
+    @conversations
+    @setting("--skip-damage", is_flag=True, help="Pass over what is damaged; what is uncertain by it is left out.")
+    def recover(directory: Path, database: str, table: Table, *, skip_damage: bool) -> None:
+        """Apply what is left in DIRECTORY (env var: TRACKER_JOURNAL), each call exactly once.
 
-            done = apply(directory, database, **options)
-        click.echo(f"applied {done.calls:,} calls, {done.torn:,} torn bytes passed over")
-        for text in done.skipped:
-            click.echo(f"passed over: {text}", err=True)
-        for text in done.problems:
-            click.echo(f"not applied: {text}", err=True)
-        sys.exit(1 if done.problems else 0)
+        No tracker may be at work there. Safe to interrupt and to repeat. Exits with 1 if something is left.
+        """
+        logging.getLogger("tracker_daemon").addHandler(logging.NullHandler())  # all of it is told here
+        tell = partial(click.echo, err=True)
+        with one_line():
+            import anyio  # noqa: PLC0415
+
+            from tracker_daemon import journal_operations as operations  # noqa: PLC0415
+
+            apply = partial(operations.recover, directory, database, table, skip_damage=skip_damage, tell=tell)
+            done = anyio.run(apply)
+        for text in operations.told_of(done):
+            click.echo(text)
+        for text in [*operations.warned_of(done), *(f"not applied: {text}" for text in done.faults)]:
+            tell(text)
+        sys.exit(0 if operations.is_done(done) else 1)
 
     return journal

@@ -45,24 +45,25 @@ async def missing(database: str, table: Table) -> list[str]:
 
 async def letters(database: str, table: Table, thread_id: str | None, limit: int) -> list[StoredLetter]:
     """Return dead letters, oldest first."""
-    async with _session(database, table) as session:
+    async with opened_session(database, table) as session:
         return await dead_letters.stored(session, thread_id, limit)
 
 
 async def retry(database: str, table: Table, thread_id: str | None) -> tuple[int, int]:
     """Apply dead letters again; return how many were applied and how many refused again."""
-    async with _session(database, table) as session:
+    async with opened_session(database, table) as session:
         return await dead_letters.retry(session, thread_id)
 
 
 async def drop(database: str, table: Table, thread_id: str | None) -> int:
     """Delete dead letters for good; return how many."""
-    async with _session(database, table) as session:
+    async with opened_session(database, table) as session:
         return await dead_letters.drop(session, thread_id)
 
 
 @asynccontextmanager
-async def _conninfo(database: str) -> AsyncIterator[str]:
+async def running_conninfo(database: str) -> AsyncIterator[str]:
+    """Yield the conninfo of what *database* names; of `embedded:DIR` the server runs meanwhile."""
     with ExitStack() as stack:
         scheme, _, directory = database.partition(":")
         if scheme == "embedded":
@@ -75,13 +76,14 @@ async def _conninfo(database: str) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _connection(database: str) -> AsyncIterator[AsyncConnection[Any]]:
-    async with _conninfo(database) as conninfo, await Connector(conninfo).connect() as connection:
+    async with running_conninfo(database) as conninfo, await Connector(conninfo).connect() as connection:
         yield connection
 
 
 @asynccontextmanager
-async def _session(database: str, table: Table) -> AsyncIterator[Session]:
-    async with _conninfo(database) as conninfo:
+async def opened_session(database: str, table: Table) -> AsyncIterator[Session]:
+    """Yield a checked connection."""
+    async with running_conninfo(database) as conninfo:
         session = await Session.open(Connector(conninfo), table, create_missing=True, timeout=_PATIENCE)
         try:
             yield session

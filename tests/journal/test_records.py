@@ -20,6 +20,7 @@ from tracker_daemon.errors import InvalidCall
 from tracker_daemon.front_door import FrontDoor
 from tracker_daemon.generation import Generation, Record
 from tracker_daemon.journal import records
+from tracker_daemon.journal.lives import life_of
 from tracker_daemon.journal.records import (
     FRAME,
     HEADER_SIZE,
@@ -32,7 +33,7 @@ from tracker_daemon.journal.records import (
     Sum,
 )
 from tracker_daemon.journal.segment import Segment, Written
-from tracker_daemon.journal.windows import life_of, producer_of, take
+from tracker_daemon.journal.windows import producer_of, take
 
 GOLDEN: Final = Path(__file__).parent / "golden"
 INSTANTS: Final = st.integers(0, 2**62)

@@ -12,7 +12,7 @@ import pytest
 from tests.journal.rig import Calls, Rig, header, recovered, small_files
 from tracker_daemon.journal import records
 from tracker_daemon.journal.records import FIRST_AT, FRAME, HEADER_SIZE, SYNCED_AT
-from tracker_daemon.journal.windows import life_of, producer_of
+from tracker_daemon.journal.windows import Lost, pieces, producer_of, written
 from tracker_daemon.memory_sink import MemorySink
 
 if TYPE_CHECKING:
@@ -262,19 +262,16 @@ def test_windows_before_and_lives_beside_the_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_disk")
-def test_damage_that_is_passed_over(tmp_path: Path) -> None:
-    """Asked to, reading goes on with the next good record."""
+def test_what_stands_around_damage(tmp_path: Path) -> None:
+    """Damage is one piece of a file; the records before and behind it are the others."""
     kept = a_file(tmp_path / "made", synced=8)
     path = tmp_path / kept.name
     path.write_bytes(flipped(kept.data, kept.ends[2] + 12, 1))
-    producer = producer_of(kept.name)
-    assert producer is not None
-    [window] = life_of(producer, [path]).windows
-    found = [item for item in window.read(skip_damage=True) if isinstance(item, tuple)]
-    assert found == [call for call in kept.calls if call != kept.calls[3]]
-    (damage,) = window.damage
-    assert (damage.offset, damage.fault.split()[0]) == (kept.ends[2], str(kept.ends[3] - kept.ends[2]))
-    assert window.torn == 0
+    file = written(path)
+    found = list(pieces(file))
+    file.close()
+    lost = Lost(kept.ends[2], kept.ends[3] - kept.ends[2], "a checksum that does not match", synced=True)
+    assert found == [*kept.calls[:3], lost, *kept.calls[4:]]
 
 
 def test_a_long_search_for_the_next_record() -> None:

@@ -201,7 +201,7 @@ def test_of_a_spilled_window_that_cannot_be_read(tmp_path: Path, disk: Disk, mon
     rig.crash()
 
 
-def no_file(path: Path) -> Any:
+def no_file(path: Path, **_: object) -> Any:
     """Fail as a disk does."""
     raise OSError(5, "Input/output error", str(path))
 
@@ -275,10 +275,8 @@ def test_compacted_many_times(max_batch_size: int, create_missing: bool, tmp_pat
     options = {"max_batch_size": max_batch_size, "create_missing": create_missing}
     random, calls = Random(3), Calls()
     plain, compacted = MemorySink(create_missing=create_missing), MemorySink(create_missing=create_missing)
-    rigs = [
-        Rig(tmp_path / "plain", plain, **options),  # type: ignore[arg-type]
-        Rig(tmp_path / "compacted", compacted, **options),  # type: ignore[arg-type]
-    ]
+    made = (("plain", plain), ("compacted", compacted))
+    rigs = [Rig(tmp_path / name, sink, **options) for name, sink in made]  # type: ignore[arg-type]
     rewritten = 0
     for number in range(120):
         thread_id = f"t{random.randrange(7)}"

@@ -22,11 +22,12 @@ from uuid import UUID, uuid4
 
 from tracker_daemon.errors import JournalError
 from tracker_daemon.flush_numbers import SECONDS, Histogram
+from tracker_daemon.journal.lives import Life, life_of
 from tracker_daemon.journal.lock import DirectoryLock, try_lock
 from tracker_daemon.journal.records import HEADER_SIZE, End, Header, Opened, encode_mark, encode_sum
 from tracker_daemon.journal.segment import Segment
 from tracker_daemon.journal.segment_queue import SegmentQueue
-from tracker_daemon.journal.windows import Damage, Life, Window, life_of, open_name, producer_of, sealed_name
+from tracker_daemon.journal.windows import Damage, Window, open_name, producer_of, sealed_name
 from tracker_daemon.logs import get_logger
 
 if TYPE_CHECKING:
@@ -82,10 +83,6 @@ class Journal:
         """Whether calls go to memory alone."""
         self.recovering = False
         """Whether earlier lives left something that is still to be looked at."""
-        self.skip_damage = False
-        """Whether recovery passes over damage instead of stopping before it."""
-        self.skipped: list[str] = []
-        """What it passed over."""
         self.torn = 0
         """Bytes of torn records that recovery passed over."""
         self.recovered = 0
@@ -163,6 +160,14 @@ class Journal:
         except OSError as error:
             self.errors["read"] += 1
             self._say("error", "journal_not_adopted", directory=str(self.base / _FORKS), error=str(error))
+
+    def look_again(self) -> None:
+        """See once more what earlier lives left: somebody who holds this journal has changed it."""
+        places = {path.parent for paths in self._left.values() for path in paths}
+        self._left.clear()
+        self._sizes.clear()
+        for place in sorted(places):
+            self._look(place)
 
     def _look(self, directory: Path) -> None:
         with os.scandir(directory) as entries:
@@ -391,20 +396,10 @@ class Journal:
         """Yield every earlier life, the oldest first; or the error instead of one that cannot be read."""
         found: list[Life] = []
         for producer, paths in list(self._left.items()):
-            whole = list(paths)
-            while whole:
-                try:
-                    found.append(life_of(producer, whole))
-                    break
-                except Damage as error:
-                    if not self.skip_damage:
-                        yield None, error
-                        break
-                    self.skipped.append(str(error))
-                    whole.remove(error.path)
-                except OSError as error:
-                    yield None, error
-                    break
+            try:
+                found.append(life_of(producer, paths))
+            except (Damage, OSError) as error:
+                yield None, error
         for life in sorted(found, key=lambda life: life.begun_at):
             yield life, None
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from mmap import ACCESS_READ, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracker_daemon.journal.records import (
     FIRST_AT,
@@ -161,28 +161,38 @@ def _closed(_: object) -> int:
 class Written:
     """A file of the journal that is read: of an earlier life, or after it was let go of.
 
+    Args:
+        path: where it is.
+        copy: read it into memory: whoever writes to it may cut it shorter, and under a map that would be a SIGBUS.
+
     Raises:
         Blank: it has no header, and was never on the disk.
         Damaged: it was, and its header is none.
         OSError: the file cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, copy: bool = False) -> None:
         self.path = path
+        self.map: Any
         with path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             if self.size < HEADER_SIZE:
                 raise Blank(f"{self.size} bytes, no header")
-            self.map = mmap(file.fileno(), self.size, access=ACCESS_READ)
+            if copy:
+                self.map = file.read()
+                self.size = len(self.map)
+            else:
+                self.map = mmap(file.fileno(), self.size, access=ACCESS_READ)
         try:
             self.header = Header.decode(self.map[:HEADER_SIZE])
             self.first = word_value(WORD.unpack_from(self.map, FIRST_AT)[0])
             self.synced_at = word_value(WORD.unpack_from(self.map, SYNCED_AT)[0])
         except Damaged as damaged:
             synced = any(self.map[SYNCED_AT : SYNCED_AT + WORD.size])
-            self.map.close()
+            self.close()
             raise Damaged(str(damaged)) if synced and isinstance(damaged, Blank) else damaged from None
 
     def close(self) -> None:
         """Let go of it."""
-        self.map.close()
+        if isinstance(self.map, mmap):
+            self.map.close()

@@ -1,0 +1,217 @@
+"""What an earlier life left behind: from its files to its windows, in order, each with its identity.
+
+Rules:
+1. What the headers and marks say decides; the names only where they say nothing.
+2. Of a window that was written anew only the newest whole file and what follows it count; the rest is left over.
+3. A window whose first sequence is nowhere noted follows the one before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from tracker_daemon.journal.records import (
+    END,
+    FRAME,
+    HEADER_SIZE,
+    Blank,
+    Damaged,
+    End,
+    Opened,
+    Sum,
+    decode,
+    encode_mark,
+    payload_at,
+)
+from tracker_daemon.journal.windows import SEALED, Window, written
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+    from uuid import UUID
+
+    from tracker_daemon.journal.segment import Written
+
+_END_SIZE: Final = len(encode_mark(End(0, 0, 0)))
+
+
+def _is_whole(file: Written, end: End) -> bool:
+    """Whether a file written anew has all the sums that its end tells of."""
+    offset, calls = HEADER_SIZE, 0
+    try:
+        while (payload := payload_at(file.map, offset, file.size)) is not None:
+            item = decode(payload)
+            if isinstance(item, End):
+                return item == end and calls == end.calls
+            if isinstance(item, Sum):
+                calls += item.delta.calls
+            offset += FRAME.size + len(payload)
+    except Damaged:
+        pass
+    return False
+
+
+def _end(file: Written) -> End | None:
+    """Return the mark at the end of a file that was sealed."""
+    offset = file.size - _END_SIZE
+    if offset < HEADER_SIZE:
+        return None
+    try:
+        payload = payload_at(file.map, offset, file.size)
+        if payload is None or payload[0] != END:
+            return None
+        item = decode(payload)
+    except Damaged:
+        return None
+    return item if isinstance(item, End) else None
+
+
+@dataclass(slots=True)
+class Life:
+    """What one producer left behind.
+
+    Attributes:
+        producer, lane: whose it is.
+        epoch: the highest in the ledger that its files tell of; 0: it may never have been registered.
+        windows: in order.
+        begun_at: nanoseconds since 1970.
+        leftover: files without a content that counts: never on the disk, or replaced by one written anew.
+        torn: bytes in those that a loss of power has left without a header.
+    """
+
+    producer: UUID
+    lane: int
+    epoch: int
+    database: int
+    windows: list[Window]
+    begun_at: int
+    leftover: list[Path] = field(default_factory=list)
+    torn: int = 0
+
+
+@dataclass(slots=True)
+class _Found:
+    path: Path
+    number: int
+    window: int
+    part: int | None
+    first: int
+    file: Written
+    end: End | None
+    anew: bool
+    whole: bool
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        return (self.part is None, self.number if self.part is None else self.part)
+
+
+def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Life:
+    """Return the windows in *paths*, all of one producer; *copy*: they may be written to meanwhile.
+
+    A file of zeros was only being made, and is passed over.
+
+    A window whose first sequence is nowhere noted follows the one before it; to know how many batches that has it is
+    read.
+
+    Raises:
+        Damage: a file has no readable header.
+        OSError: a file cannot be read.
+    """
+    by_window: dict[int, list[_Found]] = {}
+    life = Life(producer, 0, 0, 0, [], 2**63)
+    for path in sorted(paths):
+        try:
+            file = written(path, copy=copy)
+        except Blank:
+            life.leftover.append(path)
+            life.torn += len(path.read_bytes().rstrip(b"\0"))
+            continue
+        try:
+            header = file.header
+            life.lane, life.begun_at = header.lane, min(life.begun_at, header.created_at)
+            if header.epoch >= life.epoch:
+                life.epoch, life.database = header.epoch, header.database
+            for mark in _marks(file):
+                if mark.epoch >= life.epoch:
+                    life.epoch, life.database = mark.epoch, mark.database
+            sealed = SEALED.fullmatch(path.name)
+            end = _end(file)
+            found = _Found(
+                path,
+                header.number,
+                header.window,
+                int(sealed[3]) if sealed else None,
+                int(sealed[2]) if sealed else file.first,
+                file,
+                end,
+                header.anew,
+                header.anew and end is not None and _is_whole(file, end),
+            )
+            by_window.setdefault(header.window, []).append(found)
+        finally:
+            file.close()
+    for number in sorted(by_window):
+        found_files = sorted(by_window[number], key=lambda found: found.order)
+        counting = _counting(found_files)
+        life.leftover += [found.path for found in found_files if found not in counting]
+        life.windows.append(_window(life, counting))
+    return life
+
+
+def _counting(files: list[_Found]) -> list[_Found]:
+    """Return those of a window's files that hold it: the newest whole one written anew and what follows, or all."""
+    newest = max((found.number for found in files if found.whole), default=0)
+    counting = [found for found in files if found.number >= newest]
+    oldest = min(found.number for found in counting)
+    # One that is not whole has everything before it still beside it, unless nothing is beside it.
+    counting = [found for found in counting if found.whole or not found.anew or found.number == oldest]
+    return sorted(counting, key=lambda found: (found.number != newest, found.order))
+
+
+def _marks(file: Written) -> Iterator[Opened]:
+    # Marks of an opening stand in the first file of a life only; later headers carry the epoch.
+    if file.header.epoch:
+        return
+    offset = HEADER_SIZE
+    while True:
+        try:
+            payload = payload_at(file.map, offset, file.size)
+            item = None if payload is None else decode(payload)
+        except Damaged:
+            return
+        if payload is None:
+            return
+        if isinstance(item, Opened):
+            yield item
+        offset += FRAME.size + len(payload)
+
+
+def _window(life: Life, files: list[_Found]) -> Window:
+    end = next((found.end for found in reversed(files) if found.end is not None and found.end.batches), None)
+    first = next((found.first for found in files if found.first), 0) or (end.first if end else 0)
+    if not first:
+        first = 1
+        if life.windows:
+            before = life.windows[-1]
+            first = before.first + batches_of(before)
+    header = files[0].file.header
+    return Window(
+        life.producer,
+        life.lane,
+        first,
+        end.batches if end else None,
+        header.max_batch_size,
+        header.create_missing,
+        [found.path for found in files],
+        max(found.path.stat().st_mtime for found in files),
+        calls=end.calls if end else 0,
+    )
+
+
+def batches_of(window: Window) -> int:
+    """Return how many batches *window* is cut into; reads it if need be."""
+    if window.batches is None:
+        window.batches = sum(1 for _ in window.load().batches(window.max_batch_size))
+    return window.batches
