@@ -262,6 +262,11 @@ class Backlog:
         self._waiting = None  # what came by the gate is not counted there
 
     @property
+    def resident_threads(self) -> int:
+        """Distinct threads in memory, without those that only wait in the queue."""
+        return self._threads
+
+    @property
     def window_threads(self) -> int:
         """Deltas in the open window."""
         return len(self._window)

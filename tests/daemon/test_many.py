@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tests import reference_oracle as oracle
 from tests.conftest import run_migrate
 from tests.digits import Digits
-from tests.strategies import NOW
 from tests.helpers import query, totals, wait_until
+from tests.strategies import NOW
 from tests.test_lock_order import deadlocks
 from tests.test_semantics import new_database
 from tracker_daemon.batch import Batch
@@ -265,7 +265,8 @@ def test_one_order_of_locks(database: str, *, known: bool) -> None:
                 third.execute("SELECT FROM tracker_ledger WHERE producer = %s FOR UPDATE", [middle])
             else:
                 third.execute(
-                    "INSERT INTO tracker_ledger (producer, lane, epoch, applied_sequence) VALUES (%s, 0, 0, 0)", [middle]
+                    "INSERT INTO tracker_ledger (producer, lane, epoch, applied_sequence) VALUES (%s, 0, 0, 0)",
+                    [middle],
                 )
             both = asyncio.gather(first.apply_many(batches(2)), second.apply_many(batches(3)[::-1]))
             waiting = "SELECT count(*) = 2 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
