@@ -83,8 +83,14 @@ def _serve(
         setting("--max-body", type=click.IntRange(1_024), default=32 << 20, help="Bytes in a request."),
         setting("--max-line", type=click.IntRange(64), default=64 << 10, help="Bytes in a line of NDJSON."),
         setting("--max-connections", type=click.IntRange(1), default=2_000, help="At once."),
-        setting("--read-timeout", type=click.FloatRange(0.1), default=20.0, help="Seconds for a request's head."),
+        setting(
+            "--read-timeout",
+            type=click.FloatRange(0.1),
+            default=20.0,
+            help="Seconds for a head, or an answer to be read.",
+        ),
         setting("--log-level", type=click.Choice(_LEVELS), default="info", help="The least that is logged."),
+        setting("--log-level-file", type=click.Path(path_type=Path), help="Holds the level; read again at SIGHUP."),
         setting("--log-format", type=click.Choice(("text", "json")), default="text", help="Of the log, on stderr."),
         click.option("--check-config", is_flag=True, help="Check the settings, change nothing, and exit."),
     ]

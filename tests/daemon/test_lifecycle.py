@@ -186,6 +186,33 @@ def test_token(database: str, folder: Path) -> None:
     assert totals(database).turns == 5
 
 
+# -- the log -----------------------------------------------------------------------------------------
+
+
+def test_log_level(database: str, folder: Path) -> None:
+    """SIGHUP reads the level's file again, up and down; what it cannot read stops the start, and later leaves the last."""
+    file = folder / "level"
+    for text in ("", "loud"):
+        file.write_text(text)
+        assert "log_level_file must hold one of debug, info" in refused("--log-level-file", str(file), "--check-config")
+    assert "log_level_file cannot be read" in refused("--log-level-file", str(folder / "none"))
+    file.write_text("error\n")
+    with serving(database, "--log-level-file", str(file)) as daemon:
+        assert "listening" not in daemon.log
+        file.write_text("info\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("log_level_changed to=info")
+        daemon.says("reloaded")
+        file.write_text("loud\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("reload_failed")
+        file.write_text("warning\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("log_level_changed to=warning")
+        assert daemon.stop() == 0
+        assert "stopped" not in daemon.log
+
+
 # -- the end ---------------------------------------------------------------------------------------
 
 
