@@ -39,7 +39,7 @@ def _listens(context: click.Context, parameter: click.Parameter, values: tuple[s
         try:
             found.append(listen(value))
         except ConfigError as error:
-            raise click.BadParameter(str(error), context, parameter) from None
+            raise click.BadParameter(f"{error.fault}, got {value!r}", context, parameter) from None
     return tuple(found)
 
 

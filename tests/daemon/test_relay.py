@@ -24,7 +24,7 @@ from tracker_daemon.daemon.bearer import Token
 from tracker_daemon.daemon.options import Listen, Options
 from tracker_daemon.daemon.relay import Full, Relay
 from tracker_daemon.delta import ThreadDelta
-from tracker_daemon.errors import JournalError, TrackerError
+from tracker_daemon.errors import Fenced, JournalError, TrackerError
 from tracker_daemon.generation import KINDS
 from tracker_daemon.sink import Applied, DeadLetter, SinkFault
 
@@ -60,7 +60,7 @@ class FakeSink:
         if answer is None:
             await self.gone.wait()
             answer = Applied(rows=1)
-        if isinstance(answer, Exception):
+        if isinstance(answer, SinkFault | RuntimeError):
             raise answer
         return [answer] * len(batches)
 
@@ -219,6 +219,25 @@ async def test_a_sender_that_does_not_come_back(registry: CollectorRegistry) -> 
             await relay.apply(batch(1), "c")
             assert [total(registry, name) for name in NUMBERS] == [1, 1, 0, 0, 0, 0, 0]
             tasks.cancel_scope.cancel()
+
+
+async def test_failures_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A database that fails, and a batch that its ledger refuses, are a line in the log and an error on the page."""
+    relay, told = relay_of(FakeSink(SinkFault("timeout", "late"), Fenced("p", 0, 1, 2))), list[str]()
+    relay.on_error = lambda error: told.append(type(error).__name__)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            for error in (SinkFault, Fenced):
+                with pytest.raises(error):
+                    await relay.apply(batch(), "c")
+            tasks.cancel_scope.cancel()
+    assert told == ["SinkFault", "Fenced"]
+    events = [record.__dict__["tracker"] for record in caplog.records]
+    assert [(each["event"], each.get("kind")) for each in events] == [
+        ("batches_failed", "timeout"),
+        ("batch_refused", None),
+    ]
 
 
 async def test_dead_letters_count_by_kind(registry: CollectorRegistry) -> None:

@@ -21,11 +21,11 @@ from tracker_daemon.daemon.relay_books import Hand, RelayBooks
 from tracker_daemon.errors import SchemaError, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.front_door import Refusals
-from tracker_daemon.logs import get_logger
+from tracker_daemon.logs import Rated, get_logger
 from tracker_daemon.sink import Applied, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from uuid import UUID
 
     from tracker_daemon.batch import Batch
@@ -70,7 +70,9 @@ class Relay:
         self._arrived = anyio.Event()
         self._turn = anyio.Lock()
         self._books = RelayBooks(clock)
-        self._refusals = Refusals(clock)
+        self._refusals, self._rated = Refusals(clock), Rated(clock)
+        self.on_error: Callable[[TrackerError], None] = lambda _: None
+        """Called with what the database, or a batch's ledger, says against a batch."""
         self.numbers = FlushNumbers()
         self.closed = self.folded = self.ended = False
         self.clients: dict[UUID, float] = {}
@@ -187,7 +189,7 @@ class Relay:
             else:
                 get_logger().error("relay_failed", error=repr(error), exc_info=error)
                 fault = SinkFault("other", "the daemon failed; its log says why")
-            self._failed(fault)
+            self._failed(fault, len(taken))
         finally:
             if answers is None:
                 self._books.give_back([waiting.hand for waiting in taken])
@@ -203,11 +205,17 @@ class Relay:
                 waiting.answer = answer
                 waiting.done.set()
 
-    def _failed(self, fault: SinkFault | SchemaError) -> None:
-        numbers = self.numbers
-        numbers.errors["schema" if isinstance(fault, SchemaError) else fault.kind] += 1
-        numbers.flushes["retry"] += 1
-        numbers.last_error = fault
+    def _failed(self, fault: SinkFault | SchemaError, batches: int) -> None:
+        kind = "schema" if isinstance(fault, SchemaError) else fault.kind
+        self.numbers.errors[kind] += 1
+        self.numbers.flushes["retry"] += 1
+        self._tell("batches_failed", fault, kind, kind=kind, batches=batches)
+
+    def _tell(self, event: str, error: TrackerError, sort: str, **fields: object) -> None:
+        self.numbers.last_error = error
+        self.on_error(error)
+        if (rated := self._rated.due(f"{event}:{sort}")) is not None:
+            get_logger().warning(event, error=str(error), **fields, **rated)
 
     def _count(self, taken: list[_Waiting], answers: Sequence[Applied | TrackerError], started: float) -> None:
         numbers, now = self.numbers, self._clock.monotonic()
@@ -216,7 +224,7 @@ class Relay:
             if not isinstance(answer, Applied):
                 numbers.regressions += isinstance(answer, LedgerRegressed)
                 numbers.flushes["error"] += 1
-                numbers.last_error = answer
+                self._tell("batch_refused", answer, type(answer).__name__, producer=str(waiting.batch.producer))
                 continue
             numbers.flushes["duplicate"] += answer.duplicate
             if waiting.hand.again or not answer.duplicate:

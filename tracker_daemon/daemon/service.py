@@ -70,6 +70,7 @@ class Service:
         self._started_at = self._clock.wall()
         self._collector: TrackerCollector = collector_of(registry)
         self._collector.add(relay)
+        relay.on_error = self.note
         self._errors: deque[Error] = deque(maxlen=_ERRORS)
         self._draining = False
         self.became_ready = anyio.Event()
