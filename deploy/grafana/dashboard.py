@@ -141,7 +141,7 @@ def _numbers() -> list[Stat]:
             "Refused calls",
             "short",
             "Not taken because a bound was reached, within the time shown.",
-            'sum(increase(tracker_calls_rejected_total{WHO, reason="full"}[$__range]))',
+            'sum(increase(tracker_calls_rejected_total{WHO, reason=~"full|share"}[$__range]))',
             limits=bad,
         ),
         _number(

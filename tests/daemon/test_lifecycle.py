@@ -63,7 +63,7 @@ def test_what_is_wrong_is_said_first(folder: Path) -> None:
     for options, words in (
         (["--listen", "0.0.0.0:0"], "--token-file"),
         (["--listen", "[::]:0"], "--token-file"),
-        (["--listen", "nonsense"], "unix:PATH or HOST:PORT"),
+        (["--listen", "nonsense"], "(env var: 'TRACKER_LISTEN'): must be unix:PATH or HOST:PORT, got 'nonsense'"),
         (["--listen", socket_there, "--token-file", str(folder / "none")], "token_file cannot be read"),
         (["--listen", socket_there, "--token-file", str(short)], "at least 16"),
         (["--listen", socket_there, "--socket-group", "no-such-group"], "socket_group"),
@@ -118,11 +118,12 @@ def test_health(database: str, folder: Path) -> None:
         assert (found.returncode, found.stdout) == (0, f"{daemon.url} is ready\n")
     found = tracker_daemon("health", TRACKER_LISTEN=f"unix:{folder}/none")
     assert found.returncode == 1
-    assert "does not answer" in found.stdout
+    assert found.stdout == f"unix:{folder}/none does not answer: No such file or directory\n"
     with refusing_port() as port, serving(f"host=127.0.0.1 port={port}", ready=False) as daemon:
         found = tracker_daemon("health", "--listen", daemon.url)
         assert found.returncode == 1
-        assert "is not ready: " in found.stdout
+        assert "is not ready: connecting: " in found.stdout
+        assert "Connection refused; Is the server running" in found.stdout  # libpq says it on two lines
 
 
 # -- the manager -----------------------------------------------------------------------------------

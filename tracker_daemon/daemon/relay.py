@@ -89,7 +89,7 @@ class Relay:
         """
         self._heard(batch.producer)
         if status := self._admission.admit(client, len(batch.deltas)):
-            self._refusals.add("share" if status == 429 else "full", sum(delta.calls for delta in batch.deltas))
+            self._refusals.add("batch", sum(delta.calls for delta in batch.deltas))
             raise Full(status)
         waiting = _Waiting(batch, client, self._books.take(batch), self._clock.monotonic())
         self._queue.append(waiting)
