@@ -27,6 +27,7 @@ from uuid import UUID, uuid4
 
 from tracker_daemon.call_queue import CallQueue
 from tracker_daemon.generation import KINDS, Generation, Record, summed
+from tracker_daemon.journal.journal import operation_of
 from tracker_daemon.journal.windows import Damage
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tracker_daemon.call_queue import Calls
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.journal.journal import Journal
+    from tracker_daemon.journal.records import Header
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
 
@@ -56,6 +58,8 @@ class _Sealed:
     producer: UUID | None = None
     first: int = 0
     settled: int = 0
+    header: Header | None = None
+    """Of its first file, or of what would have been one."""
     batches: deque[tuple[ThreadDelta, ...]] = field(default_factory=deque)
 
     @property
@@ -241,9 +245,11 @@ class Backlog:
         return self._journal is not None and self._journal.stores_window
 
     @property
-    def is_full(self) -> bool:
-        """Whether the open window must be sealed, into the journal, before it takes in more."""
-        return len(self._window.deltas) >= self._most_in_window and self._can_store
+    def must_seal(self) -> bool:
+        """Whether the open window must be sealed before more is folded: it is full, or has ended where files did."""
+        if self._journal is None:
+            return False
+        return self._journal.queue.is_cut or (len(self._window.deltas) >= self._most_in_window and self._can_store)
 
     def open_gate(self) -> None:
         """Let calls in without asking, as far as the bounds allow."""
@@ -298,28 +304,54 @@ class Backlog:
         An empty one is left open: there would be no batch whose end unseals it.
         """
         journal = self._journal
-        if not (self._window.deltas or (journal is not None and self.queue)):
+        if not (self._window.deltas or (journal is not None and (self.queue or journal.queue.is_cut))):
             return
-        following = None if journal is None else journal.queue.prepare_cut()
+        following = None if journal is None or journal.queue.is_cut else journal.queue.prepare_cut()
         with self.lock:
-            if journal is not None and following is not None:
+            segments = []
+            if journal is not None:
                 journal.queue.cut(following)
                 while self._drain(sys.maxsize, sys.maxsize):
                     pass
+                segments = journal.queue.take_window()
+                if not self._window.deltas:  # callers needed room twice
+                    journal.go_on(0)
+                    journal.drop(segments)
+                    return
             generation, self._window = self._window, Generation(create_missing=self.create_missing)
             batches = deque(generation.batches(self.max_batch_size))
             sealed = _Sealed(generation, None, self.folded, generation.oldest_at, len(generation.deltas))
             sealed.batches = batches
             if journal is not None:
                 sealed.producer, sealed.first = journal.producer, journal.next_first
-                sealed.stored = journal.seal(
-                    journal.queue.take_read(), len(batches), generation.calls, len(generation.deltas)
-                )
+                sealed.header = segments[0].header
+                sealed.stored = journal.seal(segments, len(batches), generation.calls, len(generation.deltas))
             if self._sealed and sealed.stored is not None:
                 sealed.generation = None
                 sealed.batches.clear()
             self._sealed.append(sealed)
             self._recount()
+
+    def mend(self) -> None:
+        """See to the windows whose files are not to be trusted, have grown long, or could not be had."""
+        journal = self._journal
+        assert journal is not None
+        if journal.untrusted or any(sealed.stored is None for sealed in self._sealed):
+            self.rewrite_sealed()
+        if not (journal.stores_window or journal.queue.is_cut) and journal.may_try:
+            self.leave_memory()
+        if journal.wants_rewriting:
+            self.rewrite()
+
+    def leave_memory(self) -> None:
+        """End an open window that is in memory, if a file can be had for the calls to come."""
+        journal = self._journal
+        assert journal is not None
+        following = journal.queue.prepare_cut()
+        if following.path is None:
+            journal.drop([following])
+        else:
+            journal.queue.cut(following)
 
     def rewrite(self) -> None:
         """Write the open window anew, as sums: its files are not to be trusted, or have grown long."""
@@ -344,25 +376,39 @@ class Backlog:
                 journal.drop(before)
 
     def rewrite_sealed(self) -> None:
-        """Write sealed windows anew whose files are not to be trusted; of one in memory what is not settled."""
+        """Write sealed windows anew that are in no file, or in one that is not to be trusted: what is not settled."""
         journal = self._journal
         assert journal is not None
         for sealed in list(self._sealed):
-            window = sealed.stored
-            bad = [segment for segment in journal.untrusted if window is not None and segment.path in window.paths]
-            if window is None or not bad or not journal.may_try:
+            window, header = sealed.stored, sealed.header
+            bad = window is not None and not journal.trusts(window)
+            if header is None or (window is not None and not bad) or not journal.may_try:
                 continue
             generation = sealed.generation
             if generation is None:
+                assert window is not None
                 try:
                     generation = window.load()
                 except (Damage, OSError) as error:  # held, not guessed: it is read again when its turn comes
-                    journal.fail("read", error)
+                    journal.fail(operation_of(error), error)
                     continue
             first = sealed.first + sealed.settled
-            anew = journal.write_anew(generation, bad[0].header, journal.next_number(), first, sealed=True)
+            anew = journal.write_anew(generation, header, journal.next_number(), first, sealed=True)
             if anew is not None:
-                journal.replace(window, anew, sum(1 for _ in generation.batches(self.max_batch_size)))
+                batches, calls = sum(1 for _ in generation.batches(self.max_batch_size)), generation.calls
+                if window is None:
+                    self._store(sealed, journal.stored(anew, batches, calls, len(generation.deltas)))
+                else:
+                    journal.replace(window, anew, batches, calls)
+
+    def _store(self, sealed: _Sealed, window: Window) -> None:
+        """A window that was in memory alone is in files; in both, if it is the oldest."""
+        with self.lock:
+            sealed.stored = window
+            if sealed is not self._sealed[0]:
+                sealed.generation = None
+                sealed.batches.clear()
+                self._recount()
 
     def unstore_head(self) -> None:
         """Let the oldest sealed window, which is in memory, go on there alone: its files are not to be trusted."""
@@ -486,29 +532,40 @@ class Backlog:
     def abandon(self, reason: str) -> int:
         """Give up everything pending: what the journal has stays there, the rest is lost for *reason*; return that."""
         with self.lock:
-            while self._drain(sys.maxsize, sys.maxsize):
-                pass
             lost = 0
             for sealed in self._sealed:
                 if sealed.stored is None:
                     lost += sealed.calls
                 else:
                     self._totals.journaled += sealed.calls
-            if self._can_store:
-                self._totals.journaled += self._window.calls
-            else:
-                lost += self._window.calls
+            lost += self._abandon_open()
             self.set_aside()
             self.end_recovery()
             if lost:
                 self._totals.lost[reason] += lost
-            self._window = Generation(create_missing=self.create_missing)
             self._sealed.clear()
             self._recount()
             self._waiting = None
             self._moves += 1
             self.settled = self.folded
             return lost
+
+    def _abandon_open(self) -> int:
+        """Give up the open window, and those after it: of each all is in files, or nothing. Return what is lost."""
+        journal, lost = self._journal, 0
+        while True:
+            while self._drain(sys.maxsize, sys.maxsize):
+                pass
+            window, self._window = self._window, Generation(create_missing=self.create_missing)
+            if self._can_store:
+                self._totals.journaled += window.calls
+            else:
+                lost += window.calls
+            if journal is None or not journal.queue.is_cut:
+                return lost
+            batches = sum(1 for _ in window.batches(self.max_batch_size))
+            journal.queue.pass_over()
+            journal.go_on(batches)
 
     # -- whoever asks ------------------------------------------------------------------------------
 

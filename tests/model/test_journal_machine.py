@@ -89,7 +89,7 @@ class JournalMachine(RuleBasedStateMachine):
             rows = MemorySink()
             for deltas in window.load().batches(1_000):
                 for delta in deltas:
-                    rows._merge(delta)
+                    rows._merge(delta, create_missing=True)
             self.unkept |= Calls.counted(rows.rows)
             real_forget(journal, window)
 

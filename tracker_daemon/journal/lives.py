@@ -78,6 +78,7 @@ class Life:
         begun_at: nanoseconds since 1970.
         leftover: files without a content that counts: never on the disk, or replaced by one written anew.
         torn: bytes in those that a loss of power has left without a header.
+        closed: it noted that it had ended cleanly.
     """
 
     producer: UUID
@@ -88,6 +89,19 @@ class Life:
     begun_at: int
     leftover: list[Path] = field(default_factory=list)
     torn: int = 0
+    closed: bool = False
+
+    @property
+    def applied_at(self) -> int:
+        """When the last of its windows was noted as applied, seconds since 1970; 0: there is one that was not.
+
+        One without calls need not be. Reads those that are not.
+
+        Raises:
+            Damage, OSError: see `Window.read`.
+        """
+        noted = [window.applied_at for window in self.windows if window.applied_at or next(window.read(), None)]
+        return max(noted) if noted and all(noted) else 0
 
 
 @dataclass(slots=True)
@@ -130,6 +144,7 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
             continue
         try:
             header = file.header
+            life.closed |= file.closed
             life.lane, life.begun_at = header.lane, min(life.begun_at, header.created_at)
             if header.epoch >= life.epoch:
                 life.epoch, life.database = header.epoch, header.database
@@ -207,6 +222,7 @@ def _window(life: Life, files: list[_Found]) -> Window:
         [found.path for found in files],
         max(found.path.stat().st_mtime for found in files),
         calls=end.calls if end else 0,
+        applied_at=min(found.file.applied_at for found in files),
     )
 
 
