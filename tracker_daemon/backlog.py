@@ -382,7 +382,7 @@ class Backlog:
         for sealed in list(self._sealed):
             window, header = sealed.stored, sealed.header
             bad = window is not None and not journal.trusts(window)
-            if header is None or (window is not None and not bad) or not journal.may_try:
+            if header is None or (window is not None and not bad) or not journal.may_write_anew:
                 continue
             generation = sealed.generation
             if generation is None:

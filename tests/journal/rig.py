@@ -143,7 +143,7 @@ class Rig:
 
     def keep(self) -> None:
         """Do what the worker does for the journal between two chunks of calls."""
-        self.journal._failed_at = float("-inf")
+        self.journal._failed_at = self.journal._anew_from = float("-inf")
         self.backlog.mend()
 
     def sync(self) -> None:

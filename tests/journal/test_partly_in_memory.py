@@ -125,6 +125,25 @@ def test_killed(parts: str, sealed: bool, tmp_path: Path, room: Room) -> None:
     assert Calls.counted(sink.rows) == story.in_files
 
 
+@pytest.mark.parametrize("parts", ["f", "fm", "fmf", "mf", "mfm", "mfmf", "mfmfmf"])
+@pytest.mark.parametrize("before", ["m", "fm", "ffm"])
+def test_killed_behind_what_was_applied(before: str, parts: str, tmp_path: Path, room: Room) -> None:
+    """What was applied and is in no file, or is not kept, hides none of the windows that follow."""
+    sink = MemorySink()
+    story = Story(tmp_path, room, sink, retain=0)
+    for part in before:
+        story.mixed(part)
+        room.some = part == "f"
+        story.rig.flush()
+    done = Calls.counted(sink.rows)
+    assert done == story.calls.made
+    story.in_files.clear()
+    story.mixed(parts)
+    story.rig.crash()
+    assert recovered(tmp_path, sink).told == []
+    assert Calls.counted(sink.rows) == done | story.in_files
+
+
 @pytest.mark.parametrize("batches", range(12))
 def test_killed_in_the_middle_of_the_flush(batches: int, tmp_path: Path, room: Room) -> None:
     """After any number of batches: what was applied is there once, what was in files and was not is applied."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _LEAST: Final = 1 << 20
 _MOST: Final = 16 << 20
+_SHARE_OF_A_FILE: Final = 8
 _COMPACT_FROM: Final = 32 << 20
 _RETRY_AFTER: Final = 1.0
 # What is applied and kept takes at most this share of the quota.
@@ -135,6 +136,7 @@ class Journal:
         self._last_window_bytes = 0
         self._failed_at = float("-inf")
         self._may_try_now = False
+        self._anew_from = float("-inf")
         self._told = False
         self._lock: DirectoryLock | None = None
         self._locks: list[DirectoryLock] = []
@@ -245,7 +247,8 @@ class Journal:
         """Return a new segment; in memory where no file can be had. Called by callers too."""
         wanted = size + HEADER_SIZE
         if anew_as is None:
-            wanted = max(_LEAST, min(_MOST, 2 * self._last_window_bytes), wanted + 4_096)
+            usual = min(_MOST, self.quota // _SHARE_OF_A_FILE, 2 * self._last_window_bytes)
+            wanted = max(_LEAST, usual, wanted + 4_096)
         number = next(self._numbers) if anew_as is None else anew_as
         header = Header(
             self.producer,
@@ -264,12 +267,14 @@ class Journal:
             try:
                 return self._make_file(header, wanted)
             except (OSError, JournalError, ValueError) as error:
-                self.fail("allocate", error)
+                self.fail("allocate", error, anew=header.anew)
         return Segment(header, wanted, None)
 
     def _note_first(self, segment: Segment) -> None:
-        if segment.header.window == self._next_window[0]:
-            segment.note_first(self._next_window[1])
+        window, first = self._next_window
+        if segment.header.window >= window:
+            # Of a later one the window before it is still open. Killed now, that one has never had a sequence.
+            segment.note_first(first, final=segment.header.window == window)
 
     def _make_file(self, header: Header, size: int) -> Segment:
         if self._lock is None:
@@ -286,18 +291,22 @@ class Journal:
         segment = Segment(header, size, path)
         self._sizes[path] = size
         self._names_changed = True
-        if self.degraded:
+        if self.degraded and (not header.anew or self.queue.on_disk):
             self.degraded = self._told = False
             self._say("info", "journal_recovered", directory=str(self.directory))
         return segment
 
-    def fail(self, operation: str, error: BaseException) -> None:
-        """Count an error, tell it once, and go on in memory."""
+    def fail(self, operation: str, error: BaseException, *, anew: bool = False) -> None:
+        """Count an error, tell it once, and go on in memory. *anew*: it befell a window that was written anew."""
         self.errors["quota" if "quota" in str(error) else operation] += 1
         now = time.monotonic()
         # Another file may well be had; but of a disk where the next one fails as well, once is enough.
         self._may_try_now = operation == "fsync" and now - self._failed_at >= _RETRY_AFTER
         self._failed_at = now
+        if anew:
+            self._anew_from = now + _RETRY_AFTER
+            if self.queue.on_disk and operation != "fsync":
+                return  # calls find room all the same
         self.degraded = True
         if not self._told:
             self._told = True
@@ -578,6 +587,11 @@ class Journal:
         return not self.degraded or self._may_try_now or time.monotonic() - self._failed_at >= _RETRY_AFTER
 
     @property
+    def may_write_anew(self) -> bool:
+        """Whether a file may be had for a window as a whole, or nobody has tried for a while."""
+        return self.may_try and time.monotonic() >= self._anew_from
+
+    @property
     def untrusted(self) -> list[Segment]:
         """Segments whose fsync failed: what they held is to be written anew."""
         return self._bad
@@ -612,7 +626,7 @@ class Journal:
                 self._settle_name(segment, sealed_name(self.producer, first, number))
             self._sync_directory(self.directory)
         except OSError as error:
-            self.fail("fsync", error)
+            self.fail("fsync", error, anew=True)
             self._drop([segment])
             return None
         return segment
@@ -655,7 +669,7 @@ class Journal:
         if self.queue.is_cut:
             return False
         if any(segment in self._bad for segment in segments):
-            return self.may_try
+            return self.may_write_anew
         if not self.stores_window:
             return False
         summed = sum(segment.end for segment in segments if segment.header.anew)

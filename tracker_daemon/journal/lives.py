@@ -3,7 +3,7 @@
 Rules:
 1. What the headers and marks say decides; the names only where they say nothing.
 2. Of a window that was written anew only the newest whole file and what follows it count; the rest is left over.
-3. A window whose first sequence is nowhere noted follows the one before it.
+3. A window whose first sequence is nowhere noted, or only as that of the one before it, follows that one.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
 
     A file of zeros was only being made, and is passed over.
 
-    A window whose first sequence is nowhere noted follows the one before it; to know how many batches that has it is
-    read.
+    A window whose first sequence is nowhere noted, or only as that of the one before, follows that one; to know how
+    many batches that has it is read.
 
     Raises:
         Damage: a file has no readable header.
@@ -206,11 +206,10 @@ def _marks(file: Written) -> Iterator[Opened]:
 def _window(life: Life, files: list[_Found]) -> Window:
     end = next((found.end for found in reversed(files) if found.end is not None and found.end.batches), None)
     first = next((found.first for found in files if found.first), 0) or (end.first if end else 0)
-    if not first:
-        first = 1
-        if life.windows:
-            before = life.windows[-1]
-            first = before.first + batches_of(before)
+    before = life.windows[-1] if life.windows else None
+    if before is not None and first <= before.first:  # not known, or as it is if the one before was never sealed
+        first = before.first + batches_of(before)
+    first = first or 1
     header = files[0].file.header
     return Window(
         life.producer,

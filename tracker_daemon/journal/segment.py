@@ -47,7 +47,7 @@ class Segment:
         size: bytes allocated.
         frozen_at: where the records end, once frozen.
         synced_at: up to where it is on the disk.
-        first: the sequence of the window's first batch; 0: not noted yet.
+        first: the sequence of the window's first batch; 0: not known yet.
         read_to: up to where the worker has read it.
     """
 
@@ -119,9 +119,9 @@ class Segment:
         self.map[: len(data)] = data
         self.note_first(0)
 
-    def note_first(self, sequence: int) -> None:
-        """Note the sequence of the window's first batch."""
-        self.first = sequence
+    def note_first(self, sequence: int, *, final: bool = True) -> None:
+        """Note the sequence of the window's first batch; not *final*: what it is if the one before is never sealed."""
+        self.first = sequence if final else 0
         WORD.pack_into(self.map, FIRST_AT, word(sequence))
 
     def sync(self) -> int:
