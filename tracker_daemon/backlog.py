@@ -18,13 +18,14 @@ Rules:
 from __future__ import annotations
 
 import sys
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import RLock
 from typing import TYPE_CHECKING, Final
 from uuid import UUID, uuid4
 
+from tracker_daemon.books import Totals
 from tracker_daemon.call_queue import CallQueue
 from tracker_daemon.generation import KINDS, Generation, Record, summed
 from tracker_daemon.journal.journal import operation_of
@@ -33,14 +34,13 @@ from tracker_daemon.journal.windows import Damage
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from tracker_daemon.books import Books
     from tracker_daemon.call_queue import Calls
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.journal.journal import Journal
     from tracker_daemon.journal.records import Header
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
-
-LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed", "journal_gone")
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
@@ -68,36 +68,6 @@ class _Sealed:
         if self.generation is None:
             return self.stored.calls if self.stored is not None else 0
         return sum(delta.calls for delta in chain(*self.batches))
-
-
-@dataclass(frozen=True, slots=True)
-class Books:
-    """One consistent reading, in calls; by kind of call or by reason where it is a mapping."""
-
-    accepted: dict[str, int]
-    applied: dict[str, int]
-    dead_lettered: dict[str, int]
-    lost: dict[str, int]
-    queue_calls: int
-    """Accepted and neither applied, dead-lettered nor lost."""
-    threads: int
-    """Distinct threads with uncommitted change."""
-    oldest_at: int
-    """Nanoseconds since 1970 of the oldest pending call; 0 when nothing is pending."""
-    rows_skipped: int
-    journaled: int = 0
-    """Of `queue_calls`: left to the journal by an end of the process, for the next one to apply."""
-
-
-@dataclass(slots=True)
-class _Totals:
-    folded: Counter[str] = field(default_factory=Counter)
-    applied: Counter[str] = field(default_factory=Counter)
-    dead_lettered: Counter[str] = field(default_factory=Counter)
-    lost: Counter[str] = field(default_factory=Counter)
-    recovered: Counter[str] = field(default_factory=Counter)
-    rows_skipped: int = 0
-    journaled: int = 0
 
 
 class Backlog:
@@ -145,14 +115,13 @@ class Backlog:
         self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
         self._threads = 0
-        self._recovered = Counter[str]()
         self._turn = RLock()
         self._waiting: set[str] | None = None
         self._moves = self._new = 0
         self._counted = -1
         self._given: deque[tuple[int, int, int]] = deque()
         """Of calls whose instant is not that of their taking: first number, the one behind the last, when taken."""
-        self._totals = _Totals()
+        self._totals = Totals()
 
     # -- the calls' side: no lock ------------------------------------------------------------------
 
@@ -482,7 +451,7 @@ class Backlog:
             sealed = self._sealed[0]
             sealed.batches.popleft()
             sealed.settled += 1
-            self._count(batch, applied)
+            self._totals.settle(batch, applied)
             released = sum(self._release(delta) for delta in batch)
             # In this order: until the room grows, whoever counts finds the released threads that wait again.
             self._moves += 1
@@ -494,40 +463,20 @@ class Backlog:
             self._recount()
             return sealed.stored
 
-    def _count(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
-        dead = {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}
-        for delta in batch:
-            if reason := dead.get(delta.thread_id):
-                self._totals.dead_lettered[reason] += delta.calls
-            else:
-                _count(self._totals.applied, delta)
-        self._totals.rows_skipped += applied.skipped
-
     def recover(self, batches: Iterable[tuple[ThreadDelta, ...]]) -> None:
-        """Count as accepted what an earlier life had accepted and this one is to apply.
-
-        What was to be applied before, and was not settled, comes again: the recovery was cut short and has begun anew.
-        """
+        """See `Totals.recover`."""
         with self.lock:
-            self._totals.recovered -= self._recovered
-            self._recovered.clear()
-            for delta in chain.from_iterable(batches):
-                _count(self._recovered, delta)
-            self._totals.recovered += self._recovered
+            self._totals.recover(batches)
 
     def settle_recovered(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> None:
-        """The sink has *batch*, of an earlier life."""
+        """See `Totals.settle_recovered`."""
         with self.lock:
-            if self._recovered.total():  # else given up meanwhile
-                for delta in batch:
-                    self._recovered -= _count(Counter(), delta)
-                self._count(batch, applied)
+            self._totals.settle_recovered(batch, applied)
 
     def set_aside(self) -> None:
-        """What was recovered and cannot be applied stays in the journal."""
+        """See `Totals.set_aside`."""
         with self.lock:
-            self._totals.journaled += self._recovered.total()
-            self._recovered.clear()
+            self._totals.set_aside()
 
     def abandon(self, reason: str) -> int:
         """Give up everything pending: what the journal has stays there, the rest is lost for *reason*; return that."""
@@ -594,24 +543,11 @@ class Backlog:
         """Read all numbers at one instant."""
         with self.lock:
             waiting = self.queue.waiting()
-            totals = self._totals
-            accepted = totals.folded + totals.recovered + Counter(KINDS[len(record)] for record in waiting)
-            settled = totals.applied.total() + totals.dead_lettered.total() + totals.lost.total()
             unseen = {record[0] for record in waiting if not self._holds(record[0])}
             oldest = self._sealed[0].oldest_at if self._sealed else self._window.oldest_at
             oldest = oldest or next((self._taken_at() or record[-1] for record in waiting), 0)
             stored = sum(sealed.threads for sealed in self._sealed if sealed.generation is None)
-            return Books(
-                accepted=dict(accepted),
-                applied=dict(totals.applied),
-                dead_lettered=dict(totals.dead_lettered),
-                lost=dict(totals.lost),
-                queue_calls=accepted.total() - settled,
-                threads=self._threads + len(unseen) + stored,
-                oldest_at=oldest,
-                rows_skipped=totals.rows_skipped,
-                journaled=totals.journaled,
-            )
+            return self._totals.reading(waiting, self._threads + len(unseen) + stored, oldest)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -666,10 +602,3 @@ class Backlog:
             for generation in (*self._resident[1:], self._window):
                 rest = rest | generation.deltas.keys()
             self._threads = len(rest)
-
-
-def _count(counter: Counter[str], delta: ThreadDelta) -> Counter[str]:
-    counter["ensure_conversation"] += delta.ensures
-    counter["record_turn"] += delta.turns
-    counter["resolve"] += delta.resolves
-    return counter

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from tracker_daemon.backlog import Backlog, Books
+    from tracker_daemon.backlog import Backlog
+    from tracker_daemon.books import Books
     from tracker_daemon.clock import Clock
     from tracker_daemon.flusher import Flusher
     from tracker_daemon.journal.journal import Journal

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from tracker_daemon.backlog import Books
+from tracker_daemon.books import Books
 from tracker_daemon.collector import Reading
 from tracker_daemon.errors import SchemaError, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
