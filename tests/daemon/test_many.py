@@ -301,6 +301,30 @@ def test_client_collected_in_between(database: str) -> None:
     asyncio.run(run())
 
 
+def test_batches_of_both_settings(database: str) -> None:
+    """Of batches that come together each creates missing rows, or leaves them, as it says itself."""
+
+    async def run() -> None:
+        sink = ManySink(Connector(database), (None, "conversations"))
+        for producer in PRODUCERS[:3]:
+            await sink.open(producer, 0)
+        for sequence in (1, 2):
+            deltas = [_delta(name, "x", 1, at=sequence) for name in THREADS]
+            batches = [
+                Batch(PRODUCERS[0], 0, 1, sequence, (deltas[0],), create_missing=False),
+                Batch(PRODUCERS[1], 0, 1, sequence, (deltas[1],)),
+                Batch(PRODUCERS[2], 0, 1, sequence, (deltas[2],)),
+            ]
+            expected = [Applied(rows=0, skipped=1), Applied(rows=1), Applied(rows=1)]
+            assert await sink.apply_many(batches) == expected
+            assert await sink.apply_many(batches[:2]) == [Applied(rows=0, duplicate=True)] * 2
+        await sink.disconnect()
+
+    asyncio.run(run())
+    with psycopg.connect(database) as connection:
+        assert {name: row[2] for name, row in oracle.rows(connection, "conversations").items()} == {"b": 2, "c": 2}
+
+
 def test_connection_lost_in_a_rollback(database: str) -> None:
     """What the driver raises when the connection goes while bad data is looked for is a `SinkFault` like any other."""
 

@@ -105,6 +105,12 @@ class Relay:
         async with self._turn:
             return await self._sink.open(producer, lane, known=known, after=after)
 
+    async def recall(self, batch: Batch) -> Applied:
+        """See `Recalls.recall`."""
+        self._heard(batch.producer)
+        async with self._turn:
+            return await self._sink.recall(batch)
+
     async def probe(self) -> None:
         """Ask the database whether it would take anything.
 

@@ -204,7 +204,7 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
         on_error=lambda error: parts[0].note(error) if parts else None,
     )
     relay = Relay(
-        ManySink(Connector(database), plan.table, create_missing=plan.create_missing),
+        ManySink(Connector(database), plan.table),
         SystemClock(),
         window=plan.relay_interval,
         max_batch_size=plan.max_batch_size,
