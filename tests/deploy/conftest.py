@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from tracker_daemon.embedded import EmbeddedPostgres
 
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 OUTCOMES: Final = ("passed", "failed", "error", "skipped")
-NOT_STARTED: Final = "not started: Grafana, of which there is no package; its files are read, its queries parsed and asked"
+NOT_STARTED: Final = (
+    "not started: Grafana, of which there is no package; its files are read, its queries parsed and asked"
+)
 
 # Who is asked for a version, and how; a distribution's name where the tool is one of this environment.
 _DISTRIBUTIONS: Final = {
