@@ -40,7 +40,7 @@ def pytest_runtest_makereport(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print which artefact was exercised by which tool, and what was skipped and why."""
-    if "not containers" == config.getoption("markexpr"):
+    if config.getoption("markexpr") == "not containers":
         return
     results, reasons = [], Counter[str]()
     for outcome in report.OUTCOMES:
