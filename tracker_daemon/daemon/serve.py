@@ -65,6 +65,7 @@ class Plan:
     max_pending: int
     create_missing: bool
     shutdown_timeout: float
+    linger: float
     max_body: int
     max_line: int
     max_connections: int
@@ -79,6 +80,8 @@ class Plan:
         self.level()
         if not 0 <= self.relay_interval <= 60:
             raise ConfigError("relay_interval", "must be between 0 and 60 seconds", self.relay_interval)
+        if not 0 <= self.linger <= 600:
+            raise ConfigError("linger", "must be between 0 and 600 seconds", self.linger)
         if self.token_file is not None:
             Token(self.token_file)
 
@@ -218,7 +221,7 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
             token.reload()
         _set_level(plan.level())
 
-    return await Process(service, sockets, plan.shutdown_timeout, reload).run()
+    return await Process(service, sockets, plan.shutdown_timeout, plan.linger, reload).run()
 
 
 # -- the log ---------------------------------------------------------------------------------------
