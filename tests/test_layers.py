@@ -42,6 +42,7 @@ FLOORS = [
     {"journal.segment_queue", "journal.windows", "journal.lock"},
     {"journal.segment"},
     {"journal.records"},
+    {"books"},
     {"generation"},
     {"postgres.statements", "flush_numbers", "memory_sink", "settings", "logs", "backoff", "late_executor"},
     {"sink", "clock"},

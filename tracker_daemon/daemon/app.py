@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tracker_daemon.daemon.admission import Admission
     from tracker_daemon.daemon.service import Service
     from tracker_daemon.generation import Record
+    from tracker_daemon.sink import Applied
 
     Handler = Callable[[Request], Awaitable[Response]]
 
@@ -65,6 +66,7 @@ def make_app(service: Service) -> ASGIApp:
         Route("/v1/producers", guarded(api.open), methods=["POST"]),
         Route("/v1/producers/{producer:uuid}/{lane:int}", guarded(api.close), methods=["DELETE"]),
         Route("/v1/batches", guarded(api.apply), methods=["POST"]),
+        Route("/v1/batches/recall", guarded(api.recall), methods=["POST"]),
         Route("/metrics", api.metrics),
         Route("/livez", api.live),
         Route("/readyz", api.ready),
@@ -238,13 +240,23 @@ class _Api:
         return JSONResponse(wire.opened_json(opened))
 
     async def apply(self, request: Request) -> Response:
+        client = _client(request)
+        return await self._batched(request, lambda batch: self._service.relay.apply(batch, client))
+
+    async def recall(self, request: Request) -> Response:
+        return await self._batched(request, self._service.relay.recall)
+
+    async def _batched(self, request: Request, do: Callable[[Batch], Awaitable[Applied]]) -> Response:
         if request.headers.get("content-type") != wire.BATCH_TYPE:
             raise Answer(415, {"error": f"the body must be {wire.BATCH_TYPE}"})
         async with self._body(request) as body:
-            batch = await anyio.to_thread.run_sync(wire.decode_batch, request.headers, body, limiter=self._readers)
+            default = self._service.tracker.create_missing
+            batch = await anyio.to_thread.run_sync(
+                lambda: wire.decode_batch(request.headers, body, create_missing=default), limiter=self._readers
+            )
             if batch.epoch == 0:
                 raise wire.Malformed("Tracker-Epoch must be at least 1: open the producer first")
-            applied = await self._service.relay.apply(batch, _client(request))
+            applied = await do(batch)
         return JSONResponse(wire.applied_json(applied))
 
     async def close(self, request: Request) -> Response:

@@ -4,6 +4,7 @@ Rules:
 1. What can be wrong with the settings is said before anything starts.
 2. Ready is told (`/readyz`, systemd) once the database would take a batch; not ready before anything is drained.
 3. The first SIGTERM or SIGINT drains; a second one cuts that short. The exit status says whether calls were lost.
+4. Calls lost at the end are counted when no scrape comes any more: with `linger` the process answers on for so long.
 """
 
 from __future__ import annotations
@@ -169,6 +170,7 @@ class Process:
         service: what is served.
         sockets: where.
         shutdown_timeout: seconds for the drain.
+        linger: seconds for which it answers after a drain that lost calls, so that a scrape sees them.
         reload: called at SIGHUP.
     """
 
@@ -177,10 +179,11 @@ class Process:
         service: Service,
         sockets: Sequence[socket.socket],
         shutdown_timeout: float,
+        linger: float,
         reload: Callable[[], None],
     ) -> None:
         self._service, self._sockets = service, list(sockets)
-        self._timeout, self._reload = shutdown_timeout, reload
+        self._timeout, self._linger, self._reload = shutdown_timeout, linger, reload
         self._server = _server(service)
         self._stop = anyio.Event()
         self._hurry = anyio.Event()
@@ -200,6 +203,9 @@ class Process:
             self._log.info("listening", addresses=", ".join(map(str, self._service.options.listen)), pid=os.getpid())
             await self._stop.wait()
             status = await self._drain()
+            if status:
+                with anyio.move_on_after(self._linger):
+                    await self._hurry.wait()
             self._server.should_exit = True
             with anyio.move_on_after(_LAST_ANSWERS):
                 await self._served.wait()

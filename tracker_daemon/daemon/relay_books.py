@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Final
 
-from tracker_daemon.backlog import Books
+from tracker_daemon.books import Books
 from tracker_daemon.sink import Applied
 
 if TYPE_CHECKING:

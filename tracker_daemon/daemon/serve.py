@@ -65,6 +65,7 @@ class Plan:
     max_pending: int
     create_missing: bool
     shutdown_timeout: float
+    linger: float
     max_body: int
     max_line: int
     max_connections: int
@@ -79,6 +80,8 @@ class Plan:
         self.level()
         if not 0 <= self.relay_interval <= 60:
             raise ConfigError("relay_interval", "must be between 0 and 60 seconds", self.relay_interval)
+        if not 0 <= self.linger <= 600:
+            raise ConfigError("linger", "must be between 0 and 600 seconds", self.linger)
         if self.token_file is not None:
             Token(self.token_file)
 
@@ -204,7 +207,7 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
         on_error=lambda error: parts[0].note(error) if parts else None,
     )
     relay = Relay(
-        ManySink(Connector(database), plan.table, create_missing=plan.create_missing),
+        ManySink(Connector(database), plan.table),
         SystemClock(),
         window=plan.relay_interval,
         max_batch_size=plan.max_batch_size,
@@ -218,7 +221,7 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
             token.reload()
         _set_level(plan.level())
 
-    return await Process(service, sockets, plan.shutdown_timeout, reload).run()
+    return await Process(service, sockets, plan.shutdown_timeout, plan.linger, reload).run()
 
 
 # -- the log ---------------------------------------------------------------------------------------
