@@ -113,7 +113,8 @@ def _serve(
                 ) from None
             plan = daemon.Plan(**given)
             if check:
-                click.echo("the settings are good")
+                daemon.check(plan)
+                click.echo("the settings are good; the database was not asked (`tracker-daemon migrate --check` does)")
                 return
             status = daemon.run(plan)
         sys.exit(status)

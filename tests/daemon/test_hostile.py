@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import resource
 import select
 import socket
@@ -242,10 +243,11 @@ def test_idle_connections_make_room(database: str) -> None:
             for client in held:
                 with suppress(BrokenPipeError, ConnectionResetError):
                     client.sendall(b"GET /livez HTTP/1.1\r\nHost: d\r\n\r\n")
-            with closing(socket.create_connection(where, PATIENCE)) as other:
+            with closing(http.client.HTTPConnection(*where, timeout=PATIENCE)) as other:
                 for _ in range(3):
-                    other.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(TURN) + TURN)
-                    assert status_of(other.recv(65_536)) == 202
+                    other.request("POST", "/v1/calls", TURN)
+                    reply = other.getresponse()
+                    assert (reply.status, reply.read()) == (202, b'{"accepted":1}')
             assert daemon.get("/readyz").status == 200
             daemon.says("connections_full")
         finally:
@@ -255,18 +257,23 @@ def test_idle_connections_make_room(database: str) -> None:
 
 def test_too_many_connections(database: str) -> None:
     """Where each connection is busy a further one is answered 503 at once; when one is free again the next is served."""
-    with (
-        serving(database, "--max-connections", "5", "--flush-interval", "60") as daemon,
-        psycopg.connect(database) as blocker,
-    ):
+    with refusing_port() as port:
+        pass
+    options = ["--max-connections", "5", "--listen", f"127.0.0.1:{port}"]
+    with serving(database, *options) as daemon, psycopg.connect(database) as blocker:
         blocker.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
-        held = [daemon.raw() for _ in range(2)]
+
+        def connect() -> socket.socket:
+            return socket.create_connection(("127.0.0.1", port), PATIENCE, ("127.0.0.2", 0))
+
+        held = [connect() for _ in range(2)]
         for each in held:
             each.sendall(HEAD.replace(b"/v1/calls", b"/v1/calls?wait=committed"))
             each.sendall(b"Content-Length: %d\r\n\r\n" % len(TURN) + TURN)
+        wait_until(lambda: daemon.metric("tracker_calls_accepted_total") == 2, "both requests")
 
         def refused() -> bool:
-            with daemon.raw() as client:
+            with connect() as client:
                 return b" 503 " in read_all(client)
 
         try:
@@ -275,11 +282,12 @@ def test_too_many_connections(database: str) -> None:
             for each in held:
                 each.close()
 
+        blocker.rollback()
+
         def served() -> bool:
-            try:
-                return daemon.get("/livez").status == 200
-            except OSError:
-                return False
+            with connect() as client:
+                client.sendall(b"GET /livez HTTP/1.1\r\nHost: d\r\n\r\n")
+                return status_of(client.recv(65_536)) == 200
 
         wait_until(served, "a free place")
 

@@ -98,7 +98,11 @@ class ManySink(PostgresSink):
         await self._connected()  # what is wrong here, or with the tables as they are found, is wrong for all of them
         try:
             return await self.apply(batch)
-        except (Fenced, LedgerMissing, LedgerRegressed) as error:
+        except LedgerMissing as error:
+            # Told once: what it brings next is registered anew.
+            self._registered.pop((batch.producer, batch.lane), None)
+            return error
+        except (Fenced, LedgerRegressed) as error:
             return error
         except SinkFault as fault:
             if fault.kind in faults.IN_DOUBT:
