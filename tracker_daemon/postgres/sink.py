@@ -298,10 +298,6 @@ class PostgresSink:
 
     # -- bad data ----------------------------------------------------------------------------------
 
-    def is_suspect(self, batch: Batch) -> bool:
-        """Say whether *batch* has failed by what may be about one of its rows."""
-        return self._in_doubt[_identity(batch)] > 0
-
     def _doubts(self, batch: Batch) -> list[Exception] | None:
         """Return where errors go that may be about the table as well; `None`: they are not looked into yet."""
         return [] if self._in_doubt[_identity(batch)] >= _TRIES_IN_DOUBT else None
