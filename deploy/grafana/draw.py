@@ -102,7 +102,7 @@ def shown(value: float, unit: str) -> str:
         return f"{value / 1024**power:.3g} {_BYTES[power]}"
     if unit == "percentunit":
         return f"{value:.3g}".rstrip() if value > 100 else f"{value * 100:.3g}%"
-    suffix = {"cps": " c/s", "ops": " ops/s"}.get(unit, "")
+    suffix = {"cps": " c/s", "ops": " ops/s", "reqps": " req/s"}.get(unit, "")
     return f"{_short(value)}{suffix}"
 
 

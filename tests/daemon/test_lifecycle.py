@@ -274,6 +274,7 @@ def test_loss_is_seen_by_a_last_scrape(database: str) -> None:
         assert daemon.post(turn()).status == 503
         daemon.signal(signal.SIGTERM)
         assert daemon.end() == 1
+        assert "drain_cut_short" in daemon.log, "it was there still"
     with serving(database, *options) as daemon:
         assert daemon.stop() == 0, "nothing was lost: nothing to wait for"
 
