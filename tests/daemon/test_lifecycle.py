@@ -302,11 +302,16 @@ def test_loss_is_seen_by_a_last_scrape(database: str) -> None:
         assert daemon.metric("tracker_calls_lost_total") == 0
         daemon.signal(signal.SIGTERM)
         daemon.says("lost=4")
+        daemon.says("event=lingering seconds=600")
+        lost_at = daemon.get("/status.json").json["now"]
+        # For longer than the last answers get in any case.
+        wait_until(lambda: daemon.get("/status.json").json["now"] > lost_at + 3, "three seconds")
         assert daemon.metric("tracker_calls_lost_total") == 4
         assert (daemon.get("/livez").status, daemon.get("/readyz").status) == (200, 503)
         assert daemon.post(turn()).status == 503
         daemon.signal(signal.SIGTERM)
         assert daemon.end() == 1
+        assert "drain_cut_short" in daemon.log, "it was there still"
     with serving(database, *options) as daemon:
         assert daemon.stop() == 0, "nothing was lost: nothing to wait for"
 
