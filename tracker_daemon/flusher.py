@@ -392,6 +392,9 @@ class Flusher:
         settled = self._recovered_until.get(window.producer, 0)
         batches = self._cut(window, generation)
         window.batches = len(batches)
+        position = self._positions.get(window.producer)
+        if window.applied_at and position and (not batches or batches[-1].sequence <= position.applied_sequence):
+            return 0  # whoever noted it has counted it
         left = [batch for batch in batches if batch.sequence > settled]
         self._backlog.recover(batch.deltas for batch in left)
         self._in_hand = window

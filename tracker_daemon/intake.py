@@ -155,8 +155,8 @@ class Intake:
         """Let no call in without asking, whoever raises the gate, until `forking` is reset.
 
         In a fork's child a call may come before anything else is done there. Appended without asking it would be
-        written into the parent's files. Without the lock, which somebody may hold for long: whoever raises the gate looks
-        once more right behind it, and between the two no other thread runs.
+        written into the parent's files. Without the lock, which somebody may hold for long: whoever raises the gate
+        looks once more right behind it, and between the two no other thread runs.
         """
         self.forking = True
         self.gate = 0

@@ -353,7 +353,6 @@ class Journal:
             self.max_batch_size,
             self.create_missing,
             [segment.path for segment in segments if segment.path is not None],
-            time.time(),
             calls,
             threads,
             counted=True,
@@ -386,7 +385,12 @@ class Journal:
         if not self.trusts(window):
             self.forget(window)
             return
-        self._mark(window.paths)
+        now = int(time.time())
+        age = max(0, now - window.applied_at) if window.applied_at else 0
+        window.kept_since = time.monotonic() - age
+        if not window.applied_at:
+            window.applied_at = now
+            self._mark(window.paths)
         self._retained.append(window)
         self.trim()
 
@@ -425,10 +429,10 @@ class Journal:
 
         The newest stays: a window whose own identity a crash has lost follows the one before it.
         """
-        now, kept = time.time(), self._retained
+        now, kept = time.monotonic(), self._retained
         taken = sum(self._sizes.get(path, 0) for window in list(kept) for path in window.paths)
         while len(kept) > 1 and (
-            now - kept[0].at > self.retain
+            now - kept[0].kept_since > self.retain
             or taken > self.quota // _RETAINED_SHARE
             or (make_room and self.bytes + make_room > self.quota)
         ):
@@ -646,7 +650,6 @@ class Journal:
             self.max_batch_size,
             self.create_missing,
             [anew.path],
-            time.time(),
             calls,
             threads,
             counted=True,

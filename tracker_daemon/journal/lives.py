@@ -219,7 +219,6 @@ def _window(life: Life, files: list[_Found]) -> Window:
         header.max_batch_size,
         header.create_missing,
         [found.path for found in files],
-        max(found.path.stat().st_mtime for found in files),
         calls=end.calls if end else 0,
         applied_at=min(found.file.applied_at for found in files),
     )
