@@ -168,6 +168,11 @@ class Intake:
             self.gate = 0
 
     @property
+    def resident_threads(self) -> int:
+        """Distinct threads in memory, without those that only wait in the queue."""
+        return self._threads
+
+    @property
     def window_threads(self) -> int:
         """Deltas in the open window."""
         return len(self._window)
