@@ -217,9 +217,11 @@ class Flusher:
                 if regressed > 1:
                     await self._wait_after(error, regressed)
             except (Fenced, LedgerMissing) as final:
-                self._numbers.fenced = True
                 self._count("other")
-                self._tell(final, "flush_halted", level="critical", always=True)
+                if producer == self._backlog.producer:
+                    self._numbers.fenced = True
+                    self._tell(final, "flush_halted", level="critical", always=True)
+                # Else it is an earlier life's: what it left is set aside, and this one goes on.
                 raise Halted from final
             except Halted:
                 raise

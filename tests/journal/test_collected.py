@@ -20,13 +20,15 @@ from tracker_daemon import MemorySink, Tracker
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.flusher import SIGN_OF_LIFE
 from tracker_daemon.journal import journal as journal_module
-from tracker_daemon.sink import LedgerMissing, Opened, SinkFault
+from tracker_daemon.sink import Applied, LedgerMissing, Opened, SinkFault
 
 if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
     import anyio
+
+    from tracker_daemon.batch import Batch
 
 DAY = 86_400.0
 
@@ -143,6 +145,37 @@ def test_a_life_that_never_reached_the_database(tmp_path: Path, caplog: pytest.L
     recovered(tmp_path, sink)
     assert Calls.counted(sink.rows) == calls.made
     assert len(told(caplog, "journal_set_aside")) == 1
+
+
+class Losing(MemorySink):
+    """Loses its ledger right after the first batch."""
+
+    async def apply(self, batch: Batch) -> Applied:
+        """See `Sink.apply`."""
+        applied = await super().apply(batch)
+        if len(self.batches) == 1:
+            self.ledger.clear()
+        return applied
+
+
+def test_a_row_gone_in_the_middle_of_a_recovery(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is the earlier life's affair: that is set aside and told, once; this process goes on, and is not fenced."""
+    sink, calls = Losing(), Calls()
+    rig = Rig(tmp_path, sink)
+    for _ in range(3):
+        rig.call(calls.next("t0"))
+        rig.seal()
+    rig.crash()
+    after = Rig(tmp_path, sink)
+    after.recover()
+    assert told(caplog, "flush_halted") == []
+    assert len(told(caplog, "journal_set_aside")) == 1
+    assert not after.numbers.fenced
+    after.call(calls.next("t1"))
+    after.flush()
+    assert after.flusher.halted is None
+    assert sorted(sink.rows) == ["t0", "t1"]
+    after.crash()
 
 
 # -- what is kept, and counted ---------------------------------------------------------------------

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SUFFIX: Final = ".journal"
 _END_SIZE: Final = len(encode_mark(End(0, 0, 0)))
 SEALED: Final = re.compile(r"([0-9a-f]{32})-(\d{16})-(\d{4,})\.journal")
-_OPEN: Final = re.compile(r"([0-9a-f]{32})-open-(\d{8})\.journal")
+OPEN: Final = re.compile(r"([0-9a-f]{32})-open-(\d{8})\.journal")
 
 
 def sealed_name(producer: UUID, first: int, part: int) -> str:
@@ -59,7 +59,7 @@ def open_name(producer: UUID, number: int) -> str:
 
 def producer_of(name: str) -> UUID | None:
     """Return whose file *name* is; `None`: not a journal's file."""
-    match = SEALED.fullmatch(name) or _OPEN.fullmatch(name)
+    match = SEALED.fullmatch(name) or OPEN.fullmatch(name)
     return UUID(match[1]) if match else None
 
 
