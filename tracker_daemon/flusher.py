@@ -24,7 +24,7 @@ from tracker_daemon.backoff import PASSING, STANDING, Backoff
 from tracker_daemon.batch import Batch
 from tracker_daemon.errors import Fenced, JournalError, SchemaError
 from tracker_daemon.generation import Generation
-from tracker_daemon.journal.journal import operation_of
+from tracker_daemon.journal.directory import operation_of
 from tracker_daemon.journal.windows import Damage, take
 from tracker_daemon.logs import Rated, get_logger
 from tracker_daemon.mending import Mender
