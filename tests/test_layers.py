@@ -32,6 +32,8 @@ FLOORS = [
     {"collector", "sinks", "host", "exits"},
     {"front_door", "worker", "embedded_sink", "http_sink", "postgres.many"},
     {"flusher", "embedded", "postgres.sink", "wire"},
+    {"recovery"},
+    {"applier"},
     {"postgres.dead_letters", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},

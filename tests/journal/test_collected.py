@@ -17,8 +17,8 @@ from tests.journal.forgetful import ForgetfulSink, told
 from tests.journal.rig import Calls, Rig, recovered, small_files
 from tests.model.manual_clock import ManualClock, run
 from tracker_daemon import MemorySink, Tracker
+from tracker_daemon.applier import SIGN_OF_LIFE
 from tracker_daemon.clock import SystemClock
-from tracker_daemon.flusher import SIGN_OF_LIFE
 from tracker_daemon.journal import journal as journal_module
 from tracker_daemon.sink import Applied, LedgerMissing, Opened, SinkFault
 
