@@ -37,7 +37,7 @@ FLOORS = [
     {"postgres.dead_letters", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
-    {"mending"},
+    {"mending", "barriers"},
     {"backlog", "postgres.names"},
     {"intake", "sealed"},
     {"journal.journal", "journal.repair", "call_queue"},

@@ -23,7 +23,7 @@ from tracker_daemon.journal.journal import Journal
 from tracker_daemon.settings import Overflow, Settings
 from tracker_daemon.settings import timeout as checked_timeout
 from tracker_daemon.sinks import sink_factory
-from tracker_daemon.worker import DrainReport, Worker
+from tracker_daemon.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from prometheus_client.registry import CollectorRegistry
     from psycopg_pool import AsyncConnectionPool
 
+    from tracker_daemon.books import DrainReport
     from tracker_daemon.clock import Clock
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.sink import Sink

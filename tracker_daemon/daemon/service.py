@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from prometheus_client.registry import CollectorRegistry
 
+    from tracker_daemon.books import DrainReport
     from tracker_daemon.daemon.bearer import Token
     from tracker_daemon.daemon.options import Options
     from tracker_daemon.daemon.relay import Relay
     from tracker_daemon.tracker import Tracker
-    from tracker_daemon.worker import DrainReport
 
 State = Literal["ready", "not_ready", "draining"]
 _SAMPLE: Final = 1.0
