@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from tracker_daemon.clock import Clock
     from tracker_daemon.generation import Record
 
-REJECTED_REASONS: Final = ("invalid", "full", "closed", "share")
-"""The last: a daemon's client has used up its share of what is bounded."""
+REJECTED_REASONS: Final = ("invalid", "full", "closed", "share", "batch")
+"""The last two are a daemon's: a client has used up its share of what is bounded; a batch, which its sender keeps and
+brings again, had no room."""
 _KNOWN_AGENTS: Final = 1_024
 
 

@@ -113,7 +113,8 @@ def _serve(
                 ) from None
             plan = daemon.Plan(**given)
             if check:
-                click.echo("the settings are good")
+                daemon.check(plan)
+                click.echo("the settings are good; the database was not asked (`tracker-daemon migrate --check` does)")
                 return
             status = daemon.run(plan)
         sys.exit(status)
@@ -127,7 +128,11 @@ def _serve(
 def _health(setting: Setting, one_line: Callable[[], AbstractContextManager[None]]) -> click.Command:
     @click.command("health", short_help="Exit 0 when the daemon is ready.")
     @setting(
-        "--listen", multiple=True, callback=_listens, metavar="ADDRESS", help="Where the daemon is; the first counts."
+        "--listen",
+        multiple=True,
+        callback=_listens,
+        metavar="ADDRESS",
+        help="Where the daemon is; the first counts.  [default: unix:/run/tracker-daemon/tracker.sock]",
     )
     @setting("--timeout", type=click.FloatRange(0.1), default=3.0, help="Seconds to wait for the answer.")
     def health(listen: tuple[Listen, ...], timeout: float) -> None:

@@ -45,6 +45,7 @@ _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _TRIES_IN_DOUBT: Final = 3
 _PROBES: Final = 16
+_MOST_IN_DOUBT: Final = 10_000
 
 
 class PostgresSink:
@@ -72,7 +73,7 @@ class PostgresSink:
         self._session: Session | None = None
         self._last: dict[tuple[UUID, int], Opened] = {}
         self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
-        """How often the batch in hand failed on a sound connection by what may be about the table or about a row."""
+        """How often each batch failed on a sound connection by what may be about the table or about a row."""
         self._random = Random()  # noqa: S311 - which rows are tried first
 
     # -- the port ----------------------------------------------------------------------------------
@@ -121,9 +122,11 @@ class PostgresSink:
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
             if fault.kind in faults.IN_DOUBT and not session.connection.broken:
                 self._in_doubt[_identity(batch)] += 1
+                while len(self._in_doubt) > _MOST_IN_DOUBT:
+                    del self._in_doubt[next(iter(self._in_doubt))]
             raise fault from error
         self._timeout = self._first_timeout
-        self._in_doubt.clear()
+        self._in_doubt.pop(_identity(batch), None)
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
