@@ -31,7 +31,7 @@ FLOORS = [
     {"collector", "sinks", "host", "exits"},
     {"front_door", "worker", "embedded_sink", "http_sink", "postgres.many"},
     {"flusher", "embedded", "postgres.sink", "wire"},
-    {"postgres.dead_letters", "server_binaries"},
+    {"postgres.dead_letters", "postgres.apart", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
     {"backlog"},
