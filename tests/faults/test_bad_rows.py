@@ -40,9 +40,9 @@ def refuse(admin: psycopg.Connection[Any], kind: str) -> None:
     admin.execute("CREATE TRIGGER act BEFORE INSERT OR UPDATE ON conversations FOR EACH ROW EXECUTE FUNCTION act()")
 
 
-def send(one: Life, deltas: Sequence[ThreadDelta], sequence: int = 1) -> Applied:
+def send(one: Life, deltas: Sequence[ThreadDelta], sequence: int = 1, **options: Any) -> Applied:
     """Apply a batch of *deltas*."""
-    found = one.send(Batch(one.producer, 0, one.opened.epoch, sequence, tuple(deltas)))
+    found = one.send(Batch(one.producer, 0, one.opened.epoch, sequence, tuple(deltas), **options))
     assert isinstance(found, Applied), found
     return found
 
@@ -139,8 +139,8 @@ def test_rows_that_are_only_skipped(database: str, admin: psycopg.Connection[Any
     admin.execute("INSERT INTO conversations (thread_id) VALUES ('500 good')")
     admin.execute("ALTER TABLE conversations ADD CHECK (turn_count = 0 OR thread_id NOT LIKE '%bad')")
     names = [f"{number} {kind}" for number in range(100) for kind in ("bad", "good")]
-    with life(database, create_missing=False) as one:
-        found = send(one, [turn(name) for name in [*names, "500 good"]])
+    with life(database) as one:
+        found = send(one, [turn(name) for name in [*names, "500 good"]], create_missing=False)
         assert one.did["in server"]
     assert (found.rows, found.skipped, len(found.dead_letters)) == (1, 100, 100)
 

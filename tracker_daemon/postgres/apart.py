@@ -18,6 +18,7 @@ from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.sink import DeadLetter
 
 if TYPE_CHECKING:
+    from tracker_daemon.batch import Batch
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.postgres.session import Session
 
@@ -32,7 +33,7 @@ _DATA_OR_DOUBT: Final = ("data", *faults.IN_DOUBT)
 class Merge(Protocol):
     """Merges deltas under the savepoint `part`; returns the rows sent and written."""
 
-    async def __call__(self, session: Session, deltas: list[ThreadDelta], /) -> tuple[int, int]:
+    async def __call__(self, session: Session, batch: Batch, deltas: list[ThreadDelta], /) -> tuple[int, int]:
         """Do it; after an exception the savepoint stands."""
         ...
 
@@ -42,6 +43,7 @@ class Apart:
 
     Args:
         session: in a transaction, with constraints immediate.
+        batch: whose deltas they are.
         timeout: seconds for one statement and what belongs to it.
         doubts: see `faults.may_be_of_a_row`.
         merge: merges some deltas at once.
@@ -51,8 +53,10 @@ class Apart:
         dead: what stands alone and is refused.
     """
 
-    def __init__(self, session: Session, timeout: float, doubts: list[Exception] | None, merge: Merge) -> None:
-        self._session, self._timeout, self._doubts, self._merge = session, timeout, doubts, merge
+    def __init__(
+        self, session: Session, batch: Batch, timeout: float, doubts: list[Exception] | None, merge: Merge
+    ) -> None:
+        self._session, self._batch, self._timeout, self._doubts, self._merge = session, batch, timeout, doubts, merge
         self.sent = self.merged = 0
         self.dead: list[DeadLetter] = []
         self._badness = 0
@@ -80,7 +84,7 @@ class Apart:
         """Merge *part*, or set it aside if it is one row; say `False` if it must be halved."""
         try:
             with self._session.deadline(self._timeout):
-                sent, merged = await self._merge(self._session, part)
+                sent, merged = await self._merge(self._session, self._batch, part)
         except Exception as error:
             if not faults.may_be_of_a_row(error, self._session.connection, self._doubts):
                 raise
@@ -112,7 +116,7 @@ class Apart:
         session, cursor = self._session, self._session.cursor()
         await session.connection.execute("SAVEPOINT part")
         await cursor.execute(session.statements["settings"], encoding.arrays(part))
-        await cursor.execute(session.statements["one_by_one"], prepare=False)
+        await cursor.execute(session.statements.merging("one_by_one", self._batch), prepare=False)
         await cursor.execute("SELECT current_setting('tracker_daemon.outcome')")
         row = await cursor.fetchone()
         await session.connection.execute("RELEASE SAVEPOINT part")

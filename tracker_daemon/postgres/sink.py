@@ -54,7 +54,6 @@ class PostgresSink:
     Args:
         connector: makes connections.
         table: schema (or `None`: the search path's) and name.
-        create_missing: whether a delta without an `ensure` may create its row.
         statement_timeout: seconds for one flush. It doubles with each flush that fails by it, up to 10 minutes: a batch
             keeps its identity, so it cannot be made smaller for a server that has become slow.
         copy_from: deltas from which on a batch goes by COPY.
@@ -65,11 +64,10 @@ class PostgresSink:
         connector: Connector,
         table: tuple[str | None, str],
         *,
-        create_missing: bool = True,
         statement_timeout: float = 30.0,
         copy_from: int = COPY_FROM,
     ) -> None:
-        self._connector, self._table, self._create_missing = connector, table, create_missing
+        self._connector, self._table = connector, table
         self._first_timeout = self._timeout = statement_timeout
         self._copy_from = copy_from
         self._session: Session | None = None
@@ -130,6 +128,16 @@ class PostgresSink:
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
+    async def recall(self, batch: Batch) -> Applied:
+        """See `Recalls.recall`."""
+        session = await self._connected()
+        try:
+            with session.deadline(self._timeout):
+                dead = await dead_letters_of(session, batch)
+        except Exception as error:
+            raise await self._failed(session, error, "asking for dead letters") from error
+        return Applied(rows=0, duplicate=True, dead_letters=dead)
+
     def abort(self) -> None:
         """See `Sink.abort`."""
         session = self._session
@@ -179,7 +187,6 @@ class PostgresSink:
                 self._session = await Session.open(
                     self._connector,
                     self._table,
-                    create_missing=self._create_missing,
                     timeout=self._timeout,
                     within=within,
                 )
@@ -227,7 +234,7 @@ class PostgresSink:
         if session.pooled:
             await self._begin(session)
         # Else a transaction of its own: one round trip, and a peer that vanishes meanwhile leaves no lock behind.
-        await cursor.execute(session.statements["flush_arrays"], parameters)
+        await cursor.execute(session.statements.merging("flush_arrays", batch), parameters)
         row = await cursor.fetchone()
         if session.pooled:
             await session.connection.execute("COMMIT")
@@ -252,7 +259,7 @@ class PostgresSink:
         if await cursor.fetchone() is None:
             await connection.rollback()
             return await self._not_moved(session, batch)
-        await cursor.execute(session.statements["merge_stage"], rows.parameters())
+        await cursor.execute(session.statements.merging("merge_stage", batch), rows.parameters())
         row = await cursor.fetchone()
         await connection.execute("COMMIT")
         assert row is not None  # a SELECT of counts
@@ -307,8 +314,8 @@ class PostgresSink:
         # In the order of the locks, so that the halves take them in order too.
         deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
         doubts = self._doubts(batch)
-        apart = Apart(session, self._timeout, doubts, self._merge_under_savepoint)
-        if doubts is None or await self._is_worth_halving(session, deltas, doubts):
+        apart = Apart(session, batch, self._timeout, doubts, self._merge_under_savepoint)
+        if doubts is None or await self._is_worth_halving(session, batch, deltas, doubts):
             await apart.run(deltas)
         if doubts and not apart.merged:
             # Nothing goes through: the table may be at fault. What was set aside now would be everything.
@@ -320,7 +327,9 @@ class PostgresSink:
             await connection.execute("COMMIT")
         return self._applied(batch, apart.sent, apart.merged, tuple(apart.dead))
 
-    async def _is_worth_halving(self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception]) -> bool:
+    async def _is_worth_halving(
+        self, session: Session, batch: Batch, deltas: list[ThreadDelta], doubts: list[Exception]
+    ) -> bool:
         """Say whether one of a few rows goes through alone: a table at fault is not asked about each of them.
 
         Picked at random, so that with more bad rows than good ones a later try finds a good one.
@@ -331,7 +340,7 @@ class PostgresSink:
             merged = 0
             try:
                 with session.deadline(self._timeout):
-                    _, merged = await self._merge_under_savepoint(session, [delta])
+                    _, merged = await self._merge_under_savepoint(session, batch, [delta])
             except Exception as error:
                 if not faults.may_be_of_a_row(error, session.connection, doubts):
                     raise
@@ -342,10 +351,12 @@ class PostgresSink:
                 return True
         return not doubts
 
-    async def _merge_under_savepoint(self, session: Session, deltas: list[ThreadDelta]) -> tuple[int, int]:
+    async def _merge_under_savepoint(
+        self, session: Session, batch: Batch, deltas: list[ThreadDelta]
+    ) -> tuple[int, int]:
         connection, cursor = session.connection, session.cursor()
         await connection.execute("SAVEPOINT part")
-        await cursor.execute(session.statements["merge_arrays"], encoding.arrays(deltas))
+        await cursor.execute(session.statements.merging("merge_arrays", batch), encoding.arrays(deltas))
         row = await cursor.fetchone()
         await connection.execute("RELEASE SAVEPOINT part")
         assert row is not None
