@@ -34,7 +34,7 @@ FLOORS = [
     {"flusher", "embedded", "postgres.sink", "wire"},
     {"recovery"},
     {"applier"},
-    {"postgres.dead_letters", "server_binaries"},
+    {"postgres.dead_letters", "postgres.apart", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
     {"mending", "barriers"},
@@ -54,7 +54,7 @@ FLOORS = [
     {"batch"},
     {"delta"},
     {"calls"},
-    {"errors", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
+    {"errors", "options", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 

@@ -183,6 +183,11 @@ class FrontDoor:
             raise
         return self._enter(record)
 
+    # Python's own TypeError for an argument that is missing or misspelt names the function by this.
+    for _call in (ensure_conversation, record_turn, resolve):
+        _call.__qualname__ = f"Tracker.{_call.__name__}"
+    del _call
+
     def _enter(self, record: Record) -> bool:
         """Append a validated call, unless closed or full; see to it that a worker looks at it."""
         backlog = self._backlog

@@ -56,6 +56,7 @@ class TrackerStats:
         lost: taken and not kept: a shutdown deadline passed.
         pending: taken and on their way.
         rejected: never taken: invalid, full or closed.
+        rows_skipped: not calls but rows: threads of a flush that had none, with `create_missing=False`.
     """
 
     accepted: int
@@ -64,6 +65,7 @@ class TrackerStats:
     lost: int
     pending: int
     rejected: int
+    rows_skipped: int = 0
 
 
 @final
@@ -345,6 +347,7 @@ class Tracker(FrontDoor):
             lost=sum(books.lost.values()),
             pending=books.queue_calls,
             rejected=sum(reading.rejected.values()),
+            rows_skipped=books.rows_skipped,
         )
 
     def reading(self) -> Reading:
