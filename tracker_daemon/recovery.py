@@ -44,6 +44,7 @@ class Recovery(Applier):
                     f"what an earlier process left in {journal.directory} is not applied: {cause}. It stays there; "
                     "see `tracker-daemon journal inspect`"
                 )
+                told.__cause__ = cause
                 self._tell(told, "journal_set_aside", level="error", always=True)
         self._numbers.fenced = False
         # What the database forgets before this life is registered there, its own ledger cannot show.
