@@ -32,12 +32,17 @@ FLOORS = [
     {"collector", "sinks", "host", "exits"},
     {"front_door", "worker", "embedded_sink", "http_sink", "postgres.many"},
     {"flusher", "embedded", "postgres.sink", "wire"},
-    {"postgres.dead_letters", "server_binaries"},
+    {"recovery"},
+    {"applier"},
+    {"postgres.dead_letters", "postgres.apart", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
+    {"mending", "barriers"},
     {"backlog", "postgres.names"},
+    {"intake", "sealed"},
     {"journal.journal", "journal.repair", "call_queue"},
-    {"journal.inspection"},
+    {"journal.inspection", "journal.retention"},
+    {"journal.directory"},
     {"journal.lives"},
     {"journal.segment_queue", "journal.windows", "journal.lock"},
     {"journal.segment"},
@@ -49,7 +54,7 @@ FLOORS = [
     {"batch"},
     {"delta"},
     {"calls"},
-    {"errors", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
+    {"errors", "options", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 

@@ -175,8 +175,13 @@ def _calls() -> list[TimeSeries]:
         _chart(
             "Calls that did not get through",
             "cps",
-            "Refused: the caller knows. Lost: accepted and not kept. Dead letters: kept in a table of their own.",
+            "Refused: the caller knows; of requests to a daemon, by status, the calls are not known. "
+            "Lost: accepted and not kept. Dead letters: kept in a table of their own.",
             ("sum by (reason) (rate(tracker_calls_rejected_total{WHO}[$__rate_interval]))", "refused: {{reason}}"),
+            (
+                "sum by (status) (rate(tracker_requests_refused_total{WHO}[$__rate_interval]))",
+                "requests refused: {{status}}",
+            ),
             ("sum by (reason) (rate(tracker_calls_lost_total{WHO}[$__rate_interval]))", "lost: {{reason}}"),
             (
                 "sum by (reason) (rate(tracker_calls_dead_lettered_total{WHO}[$__rate_interval]))",
