@@ -14,7 +14,7 @@ PACKAGE = Path(tracker_daemon.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"serve_command", "journal_command"},
+    {"serve_command", "journal_command", "comparison"},
     {"journal_operations"},
     {"daemon.serve", "daemon.health", "demo.run", "demo.drive", "operations"},
     {"daemon.process"},
