@@ -112,11 +112,11 @@ def _postgres(connector: Connector, settings: Settings) -> Callable[[], Sink]:
     from tracker_daemon.postgres.sink import PostgresSink  # noqa: PLC0415
 
     table = split_table(settings.table)
-    return lambda: PostgresSink(connector, table, create_missing=settings.create_missing)
+    return lambda: PostgresSink(connector, table)
 
 
 def _embedded(directory: Path, settings: Settings) -> Callable[[], Sink]:
     from tracker_daemon.embedded_sink import EmbeddedSink  # noqa: PLC0415
 
     table = split_table(settings.table)
-    return lambda: EmbeddedSink(directory, table, create_missing=settings.create_missing)
+    return lambda: EmbeddedSink(directory, table)

@@ -24,6 +24,7 @@ from tracker_daemon.daemon.relay import Relay
 from tracker_daemon.daemon.service import Service
 from tracker_daemon.embedded import EmbeddedPostgres
 from tracker_daemon.errors import ConfigError
+from tracker_daemon.logs import get_logger
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.many import ManySink
 from tracker_daemon.postgres.schema import migrate
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # What the status page does not show: what holds secrets, or would be no use there.
 _HIDDEN: Final = frozenset({"database"})
 _OTHER_FILES: Final = 256
+LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +65,23 @@ class Plan:
     max_pending: int
     create_missing: bool
     shutdown_timeout: float
+    linger: float
     max_body: int
     max_line: int
     max_connections: int
     read_timeout: float
     log_level: str
+    log_level_file: Path | None
     log_format: str
 
     def __post_init__(self) -> None:
         self.options()
         self.settings()
+        self.level()
         if not 0 <= self.relay_interval <= 60:
             raise ConfigError("relay_interval", "must be between 0 and 60 seconds", self.relay_interval)
+        if not 0 <= self.linger <= 600:
+            raise ConfigError("linger", "must be between 0 and 600 seconds", self.linger)
         if self.token_file is not None:
             Token(self.token_file)
 
@@ -106,6 +113,24 @@ class Plan:
             journal_retain=self.journal_retain,
             journal_quota=self.journal_quota,
         )
+
+    def level(self) -> str:
+        """Return the log level; what the file says now, if there is one.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds no level.
+        """
+        if self.log_level_file is None:
+            return self.log_level
+        path = str(self.log_level_file)
+        try:
+            text = self.log_level_file.read_text(encoding="utf-8", errors="replace").strip().lower()
+        except OSError as error:
+            raise ConfigError("log_level_file", f"cannot be read: {error.strerror}", path) from None
+        if text not in LEVELS:
+            held = text[:80] if text else "nothing"
+            raise ConfigError("log_level_file", f"must hold one of {', '.join(LEVELS)}, and holds {held}", path)
+        return text
 
     @property
     def quoted_table(self) -> str:
@@ -182,7 +207,7 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
         on_error=lambda error: parts[0].note(error) if parts else None,
     )
     relay = Relay(
-        ManySink(Connector(database), plan.table, create_missing=plan.create_missing),
+        ManySink(Connector(database), plan.table),
         SystemClock(),
         window=plan.relay_interval,
         max_batch_size=plan.max_batch_size,
@@ -194,8 +219,9 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
     def reload() -> None:
         if token is not None:
             token.reload()
+        _set_level(plan.level())
 
-    return await Process(service, sockets, plan.shutdown_timeout, reload).run()
+    return await Process(service, sockets, plan.shutdown_timeout, plan.linger, reload).run()
 
 
 # -- the log ---------------------------------------------------------------------------------------
@@ -222,4 +248,14 @@ def _log_to_stderr(plan: Plan) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel("WARNING")
-    logging.getLogger("tracker_daemon").setLevel(plan.log_level.upper())
+    logging.getLogger("tracker_daemon").setLevel(plan.level().upper())
+
+
+def _set_level(level: str) -> None:
+    """Set the log's level, and say so under the one of the two that lets more through."""
+    logger = logging.getLogger("tracker_daemon")
+    old, new = logger.level, logging.getLevelNamesMapping()[level.upper()]
+    logger.setLevel(min(old, new))
+    if old != new:
+        get_logger().warning("log_level_changed", to=level)
+    logger.setLevel(new)
