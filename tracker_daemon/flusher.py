@@ -27,6 +27,7 @@ from tracker_daemon.generation import Generation
 from tracker_daemon.journal.journal import operation_of
 from tracker_daemon.journal.windows import Damage, take
 from tracker_daemon.logs import Rated, get_logger
+from tracker_daemon.mending import Mender
 from tracker_daemon.sink import Applied, FaultKind, LedgerMissing, LedgerRegressed, Opened, Recalls, SinkFault
 
 if TYPE_CHECKING:
@@ -465,10 +466,11 @@ class Flusher:
             if journal.trusts(window):
                 journal.release_synced()
                 return
-            self._backlog.rewrite_sealed()
+            mender = Mender(self._backlog, journal)
+            mender.rewrite_sealed()
             if cut and not journal.trusts(window):
                 # Half of it gone with the power, it would be cut otherwise, and what is applied be applied again.
-                self._backlog.unstore_head()
+                mender.unstore_head()
 
     async def _in_thread(self, do: Callable[..., object], *arguments: object) -> None:
         import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it

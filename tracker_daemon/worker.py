@@ -27,6 +27,7 @@ import anyio.lowlevel
 
 from tracker_daemon.late_executor import LateExecutor
 from tracker_daemon.logs import get_logger
+from tracker_daemon.mending import Mender
 
 if TYPE_CHECKING:
     import asyncio
@@ -340,7 +341,7 @@ class Worker:
         """See to the journal: fsync by group, mend what cannot be trusted, let go of what is on the disk."""
         if self._syncing:
             return
-        self._backlog.mend()
+        Mender(self._backlog, journal).mend()
         if journal.sync_interval and now - self._synced_at >= journal.sync_interval and journal.dirty:
             self._syncing = True
             tasks.start_soon(self._sync, journal)
