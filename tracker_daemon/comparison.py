@@ -119,7 +119,7 @@ async def _tables(conninfo: str, say: Callable[[str], object]) -> AsyncIterator[
     try:
         async with await Connector(conninfo).connect() as connection:
             await schema.migrate(connection, name, _TABLE)
-        session = await Session.open(Connector(conninfo), (name, _TABLE), create_missing=True, timeout=_PATIENCE)
+        session = await Session.open(Connector(conninfo), (name, _TABLE), timeout=_PATIENCE)
         try:
             say(await _about(session))
             say(f"in the schema {name}, which is removed at the end\n")

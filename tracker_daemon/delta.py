@@ -232,10 +232,11 @@ class ThreadDelta:
 def packed(delta: ThreadDelta, *, give: bool = False) -> Row:
     """Return *delta* as a row; *give*: it is used no more, so that many agents need not be copied."""
     names = delta._agents  # noqa: SLF001 - of this module
+    agents: str | tuple[str, ...] | dict[str, None] | None
     if type(names) is tuple:
         agents = names[0] if len(names) == 1 else names or None
     else:
-        agents = names if give else dict.fromkeys(names)
+        agents = names if give else names.copy()  # type: ignore[union-attr]  # of many: a dict
     rare = (delta.resolves, delta.resolution_type, delta.resolved_at, delta.cost_rest)
     return (
         delta.thread_id,
@@ -265,6 +266,7 @@ def unpacked(row: Row, *, give: bool = False) -> ThreadDelta:
 
 _NONE: Final[Rare] = (0, None, None, None)
 _CALLS: Final = itemgetter(1, 7, 8)
+_FIRST_AT: Final = itemgetter(4)
 
 
 def calls_of(row: Row) -> int:
@@ -311,6 +313,11 @@ class Deltas(Sequence[ThreadDelta]):
 def rows_of(deltas: Iterable[ThreadDelta]) -> tuple[Row, ...]:
     """Return *deltas* as rows."""
     return deltas.rows if isinstance(deltas, Deltas) else tuple(map(packed, deltas))
+
+
+def earliest(deltas: Iterable[ThreadDelta]) -> int:
+    """Return the earliest instant of *deltas*, of which there is one at least."""
+    return int(min(map(_FIRST_AT, rows_of(deltas))))
 
 
 _SHOWN = (

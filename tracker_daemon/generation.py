@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -29,6 +30,7 @@ Record: TypeAlias = "Ensure | Resolve | Turn"
 
 KINDS: Final = {2: "ensure_conversation", 5: "record_turn", 3: "resolve"}
 _ENSURE: Final = 2
+_TURN: Final = 5
 _UNITS: Final = 10**12
 _FLOAT_UNITS: Final = 1e12
 # As in `delta`: below it, whether units divided give the float again tells whether they are exact.
@@ -78,79 +80,71 @@ class Generation:
 
     def fold(self, record: Record) -> None:
         """Add one call."""
-        self.fold_all((record,), _nothing)
+        self.fold_all((record,), _nothing, Counter())
 
-    def fold_all(self, records: Iterable[Record], on_new: Callable[[str], object]) -> None:
-        """Add calls, in order; *on_new* is called with each thread that is new here, right after it is.
+    def fold_all(self, records: Iterable[Record], on_new: Callable[[str], object], counts: Counter[str]) -> None:
+        """Add calls, in order.
 
-        A call is added whole or not at all: when an exception comes in between, all before the one that was taken last
-        from *records* are in.
+        Args:
+            records: each is in, whole, when the next one is asked for.
+            on_new: called with each thread that is new here, right after it is.
+            counts: what was added by kind is counted here, also when an exception comes in between.
         """
-        deltas, simple = self.deltas, self.create_missing
-        get, exact = deltas.get, _EXACT_BELOW
-        for record in records:
-            row = get(record[0])
-            if len(record) == 5 and (simple or row is None or row[7]):
+        deltas, simple, turns_added = self.deltas, self.create_missing, 0
+        get, slowly = deltas.get, self._fold_slowly
+        try:
+            for record in records:
+                row = get(record[0])
+                if len(record) != _TURN:
+                    slowly(record, row, on_new)
+                    counts[KINDS[len(record)]] += 1
+                    continue
                 thread_id, agent, tokens, cost, at = record
                 at //= 1_000
-                if type(cost) is float and -exact < cost < exact:
+                if type(cost) is float and -_EXACT_BELOW < cost < _EXACT_BELOW:
                     units = round(cost * _FLOAT_UNITS)
-                    if units / _FLOAT_UNITS != cost:
-                        self._fold_slowly(record, row, on_new)
-                        continue
-                elif type(cost) is int:
-                    units = cost * _UNITS
+                    ordinary = units / _FLOAT_UNITS == cost
                 else:
-                    self._fold_slowly(record, row, on_new)
-                    continue
-                if row is None:
+                    units = cost * _UNITS if (ordinary := type(cost) is int) else 0
+                if not ordinary:
+                    slowly(record, row, on_new)
+                elif row is None:
                     deltas[thread_id] = (thread_id, 1, tokens, units, at, at, agent, 0, None)
-                    if not self.oldest_at:
-                        self.oldest_at = record[4]
+                    self.oldest_at = self.oldest_at or record[4]
                     on_new(thread_id)
-                    continue
-                thread_id, turns, total, paid, first, last, agents, ensures, rare = row
-                if agent is not None and agent is not agents and agent != agents:
-                    if agents is None:
-                        agents = agent
-                    elif type(agents) is dict:
-                        agents[agent] = None  # this row's alone, and so the next one's
-                    elif type(agents) is str or agent not in agents:
-                        self._fold_slowly(record, row, on_new)
-                        continue
-                if last is None or at > last:
-                    last = at
-                if at < first:
-                    first = at
-                deltas[thread_id] = (
-                    thread_id,
-                    turns + 1,
-                    total + tokens,
-                    paid + units,
-                    first,
-                    last,
-                    agents,
-                    ensures,
-                    rare,
-                )
-            else:
-                self._fold_slowly(record, row, on_new)
+                else:
+                    _, turns, total, paid, first, last, agents, ensures, rare = row
+                    # Another agent than the one before, or a turn that may find no row: not so common.
+                    if (agent != agents and agent is not None and agents is not None) or not (simple or ensures):
+                        slowly(record, row, on_new)
+                    else:
+                        deltas[thread_id] = (
+                            row[0],
+                            turns + 1,
+                            total + tokens,
+                            paid + units,
+                            min(first, at),
+                            at if last is None or at > last else last,
+                            agents or agent,
+                            ensures,
+                            rare,
+                        )
+                turns_added += 1
+        finally:
+            counts["record_turn"] += turns_added
 
     def _fold_slowly(self, record: Record, row: Row | None, on_new: Callable[[str], object]) -> None:
         thread_id, part = record[0], self.deltas
-        if row is None:
-            delta = ThreadDelta(thread_id, record[-1] // 1_000)
-        elif not self.create_missing and not row[7] and (thread_id in self.followers or len(record) == _ENSURE):
-            part = self.followers
-            later = part.get(thread_id)
-            delta = ThreadDelta(thread_id, record[-1] // 1_000) if later is None else unpacked(later, give=True)
-        else:
-            delta = unpacked(row, give=True)
+        if row is not None and not (self.create_missing or row[7]):
+            followers = self.followers
+            if thread_id in followers or len(record) == _ENSURE:
+                part, row = followers, followers.get(thread_id)
+        delta = ThreadDelta(thread_id, record[-1] // 1_000) if row is None else unpacked(row, give=True)
         add(delta, record)
+        new = thread_id not in self.deltas
         part[thread_id] = packed(delta, give=True)
-        if row is None:
-            if not self.oldest_at:
-                self.oldest_at = record[-1]
+        if new:
+            self.oldest_at = self.oldest_at or record[-1]
             on_new(thread_id)
 
     def put(self, delta: ThreadDelta, *, late: bool, more: bool = False) -> None:
@@ -178,11 +172,22 @@ class Generation:
             while batch := tuple(islice(rows, size)):
                 yield Deltas(batch)
 
-    def release(self, row: Row) -> None:
-        """Let go of a settled row."""
-        thread_id = row[0]
-        part = self.deltas if self.deltas.get(thread_id) is row else self.followers
-        del part[thread_id]
+    def release(self, batch: Deltas) -> list[str]:
+        """Let go of a settled batch; return its threads."""
+        rows = batch.rows
+        # A batch is cut from one of the two.
+        part = self.deltas if self.deltas.get(rows[0][0]) is rows[0] else self.followers
+        threads = [row[0] for row in rows]
+        for thread_id in threads:
+            del part[thread_id]
+        return threads
+
+    def without(self, threads: list[str]) -> list[str]:
+        """Return those of *threads* of which there is nothing here."""
+        for part in (self.deltas, self.followers):
+            if part:
+                threads = [thread_id for thread_id in threads if thread_id not in part]
+        return threads
 
 
 def _nothing(_: str) -> None:

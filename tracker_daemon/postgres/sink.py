@@ -22,9 +22,10 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio.lowlevel
+import anyio
 
 from tracker_daemon.batch import Batch
+from tracker_daemon.delta import rows_of
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.dead_letters import bury, dead_letters_of
@@ -40,7 +41,10 @@ if TYPE_CHECKING:
 
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
-_COPY_BREATH: Final = 256
+# Deltas are encoded so many at once. In between the interpreter is let go of for long enough that whoever waits for it
+# gets it: a mere checkpoint takes it back before the other thread has woken up.
+_PART: Final = 500
+_BREATH: Final = 0.000_1
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _TRIES_IN_DOUBT: Final = 3
@@ -229,7 +233,11 @@ class PostgresSink:
 
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
         cursor = session.cursor()
-        parameters = {**_key(batch), **encoding.arrays(batch.deltas)}
+        arrays, all_rows = encoding.Arrays(), rows_of(batch.deltas)
+        for start in range(0, len(all_rows), _PART):
+            arrays.add(all_rows[start : start + _PART])
+            await anyio.sleep(_BREATH)
+        parameters = {**_key(batch), **arrays.parameters()}
         if session.pooled:
             await self._begin(session)
         # Else a transaction of its own: one round trip, and a peer that vanishes meanwhile leaves no lock behind.
@@ -245,13 +253,13 @@ class PostgresSink:
         connection, cursor = session.connection, session.cursor()
         await self._begin(session)
         await connection.execute(session.statements["stage"])
-        rows = encoding.StageRows()
+        rows, all_rows = encoding.StageRows(), rows_of(batch.deltas)
         async with cursor.copy("COPY tracker_stage_v1 FROM STDIN (FORMAT BINARY)") as copy:
-            copy.set_types(encoding.STAGE_TYPES)
-            for number, delta in enumerate(batch.deltas):
-                await copy.write_row(rows.row(delta))
-                if not number % _COPY_BREATH:
-                    await anyio.lowlevel.checkpoint()  # lets go of the interpreter
+            await copy.write(encoding.COPY_HEADER)
+            for start in range(0, len(all_rows), _PART):
+                await copy.write(rows.block(all_rows[start : start + _PART]))
+                await anyio.sleep(_BREATH)
+            await copy.write(encoding.COPY_END)
         # After the COPY: while the server waits for its rows no deadline runs there, and when the network goes then,
         # a lock held would keep every later try away.
         await cursor.execute(session.statements["advance"], _key(batch))
