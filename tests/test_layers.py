@@ -35,13 +35,9 @@ FLOORS = [
     {"postgres.dead_letters", "server_binaries"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
-<<<<<<< HEAD
-    {"backlog", "postgres.names"},
-=======
-    {"mending"},
+    {"mending", "postgres.names"},
     {"backlog"},
     {"intake", "sealed"},
->>>>>>> 60dc7dc
     {"journal.journal", "journal.repair", "call_queue"},
     {"journal.inspection"},
     {"journal.lives"},
