@@ -80,13 +80,7 @@ def _serve(
         setting("--max-pending", type=int, default=1_000_000, help="Threads with uncommitted change."),
         setting("--create-missing", type=bool, default=True, help="Whether a turn may create its row."),
         setting("--shutdown-timeout", type=float, default=10.0, help="Seconds for the drain."),
-<<<<<<< HEAD
-        setting(
-            "--linger", type=float, default=0.0, help="Seconds to answer on if calls were lost, for a last scrape."
-        ),
-=======
         setting("--linger", type=float, default=0.0, help="Seconds to answer on, if calls were lost, to a scrape."),
->>>>>>> main
         setting("--max-body", type=click.IntRange(1_024), default=32 << 20, help="Bytes in a request."),
         setting("--max-line", type=click.IntRange(64), default=64 << 10, help="Bytes in a line of NDJSON."),
         setting("--max-connections", type=click.IntRange(1), default=2_000, help="At once."),
