@@ -2,7 +2,7 @@
 
 The host is an asyncio loop that does nothing but look at the clock every millisecond; its lag is how much later than asked
 it comes back. The calls are made in one go while the loop stands still, which is the host's own affair and not measured:
-measured is from there on, until all is committed. Added lag: beyond the same percentile of the same loop at rest, a
+measured is from there on, until all is committed, with the default settings. Added lag: beyond the same percentile of the same loop at rest, a
 second of it before each round. Two hosts: one with nothing else in memory, and one with 300,000 objects of its own, which
 the garbage collector has to look through whenever something makes it.
 """
@@ -60,8 +60,6 @@ async def host(conninfo: str, calls: list[str], rest_s: float) -> tuple[array[fl
     async with Tracker(
         conninfo,
         registry=CollectorRegistry(),
-        flush_interval=3_600,
-        max_batch_size=50_000,
         max_queue_size=10 * len(calls),
     ) as tracker:
         tracker.record_turn(calls[0], "billing", 1, 0.1)

@@ -51,7 +51,7 @@ FLOORS = [
     {"batch"},
     {"delta"},
     {"calls"},
-    {"errors", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
+    {"errors", "breath", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 

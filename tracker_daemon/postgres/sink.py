@@ -22,9 +22,8 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio
-
 from tracker_daemon.batch import Batch
+from tracker_daemon.breath import Breath
 from tracker_daemon.delta import rows_of
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
@@ -41,10 +40,9 @@ if TYPE_CHECKING:
 
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
-# Deltas are encoded so many at once. In between the interpreter is let go of for long enough that whoever waits for it
-# gets it: a mere checkpoint takes it back before the other thread has woken up.
+# Deltas encoded at once.
 _PART: Final = 500
-_BREATH: Final = 0.000_1
+_LARGEST_PART: Final = 10_000
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _TRIES_IN_DOUBT: Final = 3
@@ -77,6 +75,7 @@ class PostgresSink:
         self._last: dict[tuple[UUID, int], Opened] = {}
         self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
         """How often the batch in hand failed on a sound connection by what may be about the table or about a row."""
+        self._breath = Breath(_PART, _LARGEST_PART)
         self._random = Random()  # noqa: S311 - which rows are tried first
 
     # -- the port ----------------------------------------------------------------------------------
@@ -234,9 +233,12 @@ class PostgresSink:
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
         cursor = session.cursor()
         arrays, all_rows = encoding.Arrays(), rows_of(batch.deltas)
-        for start in range(0, len(all_rows), _PART):
-            arrays.add(all_rows[start : start + _PART])
-            await anyio.sleep(_BREATH)
+        start = 0
+        while start < len(all_rows):
+            end = start + self._breath.size
+            arrays.add(all_rows[start:end])
+            start = end
+            self._breath.take()
         parameters = {**_key(batch), **arrays.parameters()}
         if session.pooled:
             await self._begin(session)
@@ -256,9 +258,12 @@ class PostgresSink:
         rows, all_rows = encoding.StageRows(), rows_of(batch.deltas)
         async with cursor.copy("COPY tracker_stage_v1 FROM STDIN (FORMAT BINARY)") as copy:
             await copy.write(encoding.COPY_HEADER)
-            for start in range(0, len(all_rows), _PART):
-                await copy.write(rows.block(all_rows[start : start + _PART]))
-                await anyio.sleep(_BREATH)
+            start = 0
+            while start < len(all_rows):
+                end = start + self._breath.size
+                await copy.write(rows.block(all_rows[start:end]))
+                start = end
+                self._breath.take()
             await copy.write(encoding.COPY_END)
         # After the COPY: while the server waits for its rows no deadline runs there, and when the network goes then,
         # a lock held would keep every later try away.
