@@ -47,6 +47,7 @@ class Intake:
         """Calls are appended without asking while the queue is shorter than this; 0 makes every call ask."""
         self.closed = False
         """Nothing is accepted any more."""
+        self.forking = False
         self.lock = RLock()
         self.folded = 0
         """Calls taken off the queue, ever."""
@@ -150,6 +151,16 @@ class Intake:
         self.gate = 0
         self._waiting = None  # what came by the gate is not counted there
 
+    def shut_for_fork(self) -> None:
+        """Let no call in without asking, whoever raises the gate, until `forking` is reset.
+
+        In a fork's child a call may come before anything else is done there. Appended without asking it would be
+        written into the parent's files. Without the lock, which somebody may hold for long: whoever raises the gate
+        looks once more right behind it, and between the two no other thread runs.
+        """
+        self.forking = True
+        self.gate = 0
+
     def close(self) -> None:
         """Accept nothing more. The gate is raised under the lock alone, so it stays shut."""
         with self.lock, self._turn:
@@ -176,6 +187,8 @@ class Intake:
         self._waiting = None  # what came by the gate is not counted there
         room = self.max_queue_size if self.queue.on_disk else self.max_pending - self._threads
         self.gate = 0 if self.closed else max(0, min(calls, room, self.max_queue_size))
+        if self.forking:
+            self.gate = 0
 
     def _drain(self, limit: int, most: int) -> int:
         is_first = not self._window.deltas
@@ -205,6 +218,8 @@ class Intake:
         room = self.max_pending - self._threads
         if self.gate > room and not self.queue.on_disk:
             self.gate = max(0, room)
+            if self.forking:
+                self.gate = 0
 
     def _recount(self, resident: tuple[Generation, ...]) -> None:
         """Count anew what is in memory, after a window came or went; *resident* are the sealed ones."""

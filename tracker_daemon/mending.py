@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tracker_daemon.journal.journal import operation_of
+from tracker_daemon.journal.directory import operation_of
 from tracker_daemon.journal.windows import Damage
 
 if TYPE_CHECKING:
