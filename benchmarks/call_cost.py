@@ -155,25 +155,24 @@ def sentry() -> Case:
 
 
 def litellm(calls: int) -> Callable[[], float]:
-    """Sums of spend by entity, awaited; fewer entities than make it aggregate in the call."""
+    """Sums of spend by entity, awaited; emptied, uncounted, before it is full and aggregates in the call."""
     from litellm.proxy.db.db_transaction_queue.spend_update_queue import SpendUpdateQueue  # noqa: PLC0415
 
     made = SpendUpdateQueue()
     updates: dict[str, Any] = {i: {"entity_type": "user", "entity_id": i, "response_cost": 0.0041} for i in IDS[:500]}
 
     async def turn() -> float:
-        began = time.perf_counter()
-        for _ in range(calls // len(updates)):
+        took, number = 0.0, calls // len(updates)
+        for _ in range(number):
+            began = time.perf_counter()
             for update in updates.values():
                 await made.add_update(update)
-        return (time.perf_counter() - began) / calls * 1e9
+            took += time.perf_counter() - began
+            while not made.update_queue.empty():
+                made.update_queue.get_nowait()
+        return took / number / len(updates) * 1e9
 
-    def once() -> float:
-        while not made.update_queue.empty():
-            made.update_queue.get_nowait()
-        return asyncio.run(turn())
-
-    return once
+    return lambda: asyncio.run(turn())
 
 
 def tell(run: Run, empty: float) -> None:
