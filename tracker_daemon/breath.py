@@ -9,7 +9,12 @@ each part; then parts grow, or it would fall behind.
 from __future__ import annotations
 
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Item = TypeVar("Item")
 
 _MOMENT: Final = 0.000_05
 # Whoever sleeps for a moment and comes back later than this has waited for the interpreter.
@@ -35,3 +40,12 @@ class Breath:
         time.sleep(_MOMENT)
         late = time.perf_counter() - before > _LATE
         self.size = min(2 * self.size, self._most) if late else self._least
+
+    def parts(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+        """Yield *items* part by part, with a moment after each."""
+        start = 0
+        while start < len(items):
+            end = start + self.size
+            yield items[start:end]
+            start = end
+            self.take()

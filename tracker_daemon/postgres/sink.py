@@ -44,6 +44,8 @@ COPY_FROM: Final = 5_000
 # Deltas encoded at once.
 _PART: Final = 500
 _LARGEST_PART: Final = 10_000
+# Deltas looked at once, which is quicker.
+_LOOKED_AT: Final = 2_500
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _TRIES_IN_DOUBT: Final = 3
@@ -232,17 +234,19 @@ class PostgresSink:
         return await self._flush_apart(session, batch)
 
     def _by_copy(self, session: Session, deltas: Sequence[ThreadDelta]) -> bool:
-        return len(deltas) >= self._copy_from and session.may_stage and encoding.fits_stage(deltas)
+        if len(deltas) < self._copy_from or not session.may_stage:
+            return False
+        for start in range(0, len(deltas), _LOOKED_AT):
+            if not encoding.fits_stage(deltas[start : start + _LOOKED_AT]):
+                return False
+            self._breath.take()
+        return True
 
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
         cursor = session.cursor()
-        arrays, all_rows = encoding.Arrays(), rows_of(batch.deltas)
-        start = 0
-        while start < len(all_rows):
-            end = start + self._breath.size
-            arrays.add(all_rows[start:end])
-            start = end
-            self._breath.take()
+        arrays = encoding.Arrays()
+        for part in self._breath.parts(rows_of(batch.deltas)):
+            arrays.add(part)
         parameters = {**_key(batch), **arrays.parameters()}
         if session.pooled:
             await self._begin(session)
@@ -259,15 +263,11 @@ class PostgresSink:
         connection, cursor = session.connection, session.cursor()
         await self._begin(session)
         await connection.execute(session.statements["stage"])
-        rows, all_rows = encoding.StageRows(), rows_of(batch.deltas)
+        rows = encoding.StageRows()
         async with cursor.copy("COPY tracker_stage_v1 FROM STDIN (FORMAT BINARY)") as copy:
             await copy.write(encoding.COPY_HEADER)
-            start = 0
-            while start < len(all_rows):
-                end = start + self._breath.size
-                await copy.write(rows.block(all_rows[start:end]))
-                start = end
-                self._breath.take()
+            for part in self._breath.parts(rows_of(batch.deltas)):
+                await copy.write(rows.block(part))
             await copy.write(encoding.COPY_END)
         # After the COPY: while the server waits for its rows no deadline runs there, and when the network goes then,
         # a lock held would keep every later try away.
