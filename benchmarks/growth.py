@@ -61,7 +61,7 @@ def calls_growth(run: Run, pending: list[int], calls: int) -> None:
     for number in pending:
         ids, sink = thread_ids(number, seed=number), Waiting()
         tracker = Tracker(
-            sink, registry=CollectorRegistry(), flush_interval=3_600, max_pending=2 * number + 10, max_queue_size=10**7
+            sink, registry=CollectorRegistry(), flush_interval=3_600, max_pending=10**7, max_queue_size=10**7
         )
         for thread_id in ids:
             tracker.record_turn(thread_id, "billing", 1, 0.1)

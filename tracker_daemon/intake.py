@@ -141,10 +141,14 @@ class Intake:
 
     # -- the worker's side -------------------------------------------------------------------------
 
-    def open_gate(self) -> None:
-        """Let calls in without asking, as far as the bounds allow."""
+    def open_gate(self, *, wide: bool = False) -> None:
+        """Let calls in without asking: a few, so that the next wakes the worker, or as many as the bounds allow.
+
+        Args:
+            wide: the worker is at work. To wake it would cost a call ten times as much as the call itself.
+        """
         with self.lock:
-            self._raise_gate(NUDGE)
+            self._raise_gate(self.max_queue_size if wide else NUDGE)
 
     def shut_gate(self) -> None:
         """Make the next call ask, which wakes the worker."""

@@ -262,7 +262,7 @@ class Worker:
             if idle_looks:
                 seen_empty = now
             drained = backlog.drain(self._breath.size)
-            backlog.open_gate()
+            backlog.open_gate(wide=bool(backlog.queue))
             if self.halted is not None:
                 backlog.close()  # what will never be written is not accepted
             self._barriers.release(everyone=self.halted is not None)
