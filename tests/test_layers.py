@@ -14,7 +14,7 @@ PACKAGE = Path(tracker_daemon.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"serve_command", "journal_command"},
+    {"serve_command", "journal_command", "comparison"},
     {"journal_operations"},
     {"daemon.serve", "daemon.health", "demo.run", "demo.drive", "operations"},
     {"daemon.process"},
@@ -54,7 +54,7 @@ FLOORS = [
     {"batch"},
     {"delta"},
     {"calls"},
-    {"errors", "options", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
+    {"errors", "breath", "options", "postgres.__init__", "demo.__init__", "daemon.__init__", "journal.__init__"},
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 

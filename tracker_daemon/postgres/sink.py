@@ -22,9 +22,9 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio.lowlevel
-
 from tracker_daemon.batch import Batch
+from tracker_daemon.breath import Breath
+from tracker_daemon.delta import rows_of
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.apart import Apart
@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
-_COPY_BREATH: Final = 256
+# Deltas encoded at once.
+_PART: Final = 500
+_LARGEST_PART: Final = 10_000
+# Deltas looked at once, which is quicker.
+_LOOKED_AT: Final = 2_500
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _TRIES_IN_DOUBT: Final = 3
@@ -75,6 +79,7 @@ class PostgresSink:
         self._last: dict[tuple[UUID, int], Opened] = {}
         self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
         """How often each batch failed on a sound connection by what may be about the table or about a row."""
+        self._breath = Breath(_PART, _LARGEST_PART)
         self._random = Random()  # noqa: S311 - which rows are tried first
 
     # -- the port ----------------------------------------------------------------------------------
@@ -229,11 +234,20 @@ class PostgresSink:
         return await self._flush_apart(session, batch)
 
     def _by_copy(self, session: Session, deltas: Sequence[ThreadDelta]) -> bool:
-        return len(deltas) >= self._copy_from and session.may_stage and encoding.fits_stage(deltas)
+        if len(deltas) < self._copy_from or not session.may_stage:
+            return False
+        for start in range(0, len(deltas), _LOOKED_AT):
+            if not encoding.fits_stage(deltas[start : start + _LOOKED_AT]):
+                return False
+            self._breath.take()
+        return True
 
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
         cursor = session.cursor()
-        parameters = {**_key(batch), **encoding.arrays(batch.deltas)}
+        arrays = encoding.Arrays()
+        for part in self._breath.parts(rows_of(batch.deltas)):
+            arrays.add(part)
+        parameters = {**_key(batch), **arrays.parameters()}
         if session.pooled:
             await self._begin(session)
         # Else a transaction of its own: one round trip, and a peer that vanishes meanwhile leaves no lock behind.
@@ -251,11 +265,10 @@ class PostgresSink:
         await connection.execute(session.statements["stage"])
         rows = encoding.StageRows()
         async with cursor.copy("COPY tracker_stage_v1 FROM STDIN (FORMAT BINARY)") as copy:
-            copy.set_types(encoding.STAGE_TYPES)
-            for number, delta in enumerate(batch.deltas):
-                await copy.write_row(rows.row(delta))
-                if not number % _COPY_BREATH:
-                    await anyio.lowlevel.checkpoint()  # lets go of the interpreter
+            await copy.write(encoding.COPY_HEADER)
+            for part in self._breath.parts(rows_of(batch.deltas)):
+                await copy.write(rows.block(part))
+            await copy.write(encoding.COPY_END)
         # After the COPY: while the server waits for its rows no deadline runs there, and when the network goes then,
         # a lock held would keep every later try away.
         await cursor.execute(session.statements["advance"], _key(batch))
