@@ -61,12 +61,15 @@ def test_what_is_wrong_is_said_first(folder: Path) -> None:
     socket_there = f"unix:{folder}/s"
     short = folder / "token"
     short.write_text("short\n")
+    second = folder / "second"
+    second.write_text(f"\n{TOKEN}\n")
     for options, words in (
         (["--listen", "0.0.0.0:0"], "--token-file"),
         (["--listen", "[::]:0"], "--token-file"),
         (["--listen", "nonsense"], "(env var: 'TRACKER_LISTEN'): must be unix:PATH or HOST:PORT, got 'nonsense'"),
         (["--listen", socket_there, "--token-file", str(folder / "none")], "token_file cannot be read"),
         (["--listen", socket_there, "--token-file", str(short)], "at least 16"),
+        (["--listen", socket_there, "--token-file", str(second)], "in its first line"),
         (["--listen", socket_there, "--socket-group", "no-such-group"], "socket_group"),
         (["--listen", socket_there, "--flush-interval", "-1"], "flush_interval"),
         (["--listen", socket_there, "--socket-mode", "999"], "octal"),
@@ -80,6 +83,8 @@ def test_what_is_wrong_is_said_first(folder: Path) -> None:
             said = refused(*options, *check)
             assert words in said, said
     assert "is no directory" in refused("--listen", socket_there, "--journal", str(short), "--check-config")
+    # Root may write anywhere by the rights that /proc shows, and cannot.
+    assert "/proc cannot be written" in refused("--listen", socket_there, "--journal", "/proc/x", "--check-config")
     good = tracker_daemon("serve", "--database", "postgresql:///none", "--listen", socket_there, "--check-config")
     assert (good.returncode, good.stdout) == (0, GOOD)
     assert not (folder / "s").exists()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -166,8 +166,12 @@ def _check_directory(setting: str, directory: Path) -> None:
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(setting, f"cannot be had: {there} is no directory", str(directory))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(setting, f"cannot be had: {there} may not be written", str(directory))
+    try:
+        # What a directory says of its rights is not all: /proc, or a file system that is read-only.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(setting, f"cannot be had: {there} cannot be written: {error.strerror}", str(directory)) from None
 
 
 def run(plan: Plan) -> int:
