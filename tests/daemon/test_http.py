@@ -82,7 +82,11 @@ def test_idempotent_across_a_restart(daemon: Daemon) -> None:
     for sequence, duplicate in ((9, True), (5, True), (10, False)):
         reply = daemon.post(TURN, wait=True, headers={**headers, "Tracker-Sequence": str(sequence)})
         assert (reply.status, reply.json) == (200, {"accepted": 1, "duplicate": duplicate, "dead_lettered": 0})
-    assert daemon.post("", headers={**headers, "Tracker-Sequence": "11"}).json == {"accepted": 0, "duplicate": False, "dead_lettered": 0}
+    assert daemon.post("", headers={**headers, "Tracker-Sequence": "11"}).json == {
+        "accepted": 0,
+        "duplicate": False,
+        "dead_lettered": 0,
+    }
     assert totals(daemon.database).turns == 5
 
 

@@ -293,8 +293,7 @@ def break_rows(conninfo: str, name: str) -> None:
 
 
 def test_a_row_that_may_be_the_tables_fault(database: str) -> None:
-    """A batch whose only row fails so is answered with that, until it has failed three times and another's row goes
-    through beside it: then it is set aside. The others' go through at once."""
+    """A batch whose only row fails so is answered with that, thrice; then another's row beside it sets it aside."""
     break_rows(database, "poison%")
     clients = [UUID(int=number + 1) for number in range(6)]
 

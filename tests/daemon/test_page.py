@@ -15,9 +15,9 @@ import pytest
 import tracker_daemon.daemon
 from tests.daemon.chromium import CHROMIUM, Chromium
 from tracker_daemon.books import Books
-from tracker_daemon.collector import Reading
 from tracker_daemon.daemon.history import History
 from tracker_daemon.flush_numbers import FlushNumbers
+from tracker_daemon.readings import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -231,7 +231,13 @@ def test_alone_in_its_batch(database: str, admin: psycopg.Connection[Any], name:
 
 @pytest.mark.parametrize("journal", [False, True], ids=["memory", "journal"])
 def test_what_waits_behind_it_proves_the_table(
-    database: str, admin: psycopg.Connection[Any], errors: Errors, registry: CollectorRegistry, tmp_path: Path, *, journal: bool
+    database: str,
+    admin: psycopg.Connection[Any],
+    errors: Errors,
+    registry: CollectorRegistry,
+    tmp_path: Path,
+    *,
+    journal: bool,
 ) -> None:
     """A row alone in its batch is held while nothing else comes; the first good call behind it frees both."""
     break_for(admin, "NEW.thread_id = 'bad'", FAULTS["function that is missing"][0])

@@ -42,7 +42,9 @@ class Token:
         except OSError as error:
             raise ConfigError("token_file", f"cannot be read: {error.strerror}", str(self._path)) from None
         if len(value) < _LEAST or not value.isascii():
-            raise ConfigError("token_file", f"must hold at least {_LEAST} characters, of ASCII, in its first line", str(self._path))
+            raise ConfigError(
+                "token_file", f"must hold at least {_LEAST} characters, of ASCII, in its first line", str(self._path)
+            )
         self._value, self._seen = value, (status.st_mtime_ns, status.st_ino, status.st_size)
 
     def admits(self, header: str) -> bool:

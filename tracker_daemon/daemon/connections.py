@@ -3,8 +3,8 @@
 Rules:
 1. Who does not bring a head to its end, or does not take an answer off the connection, in time is cut off.
 2. Where all are taken, or a client has its share of them (`admission`), a new one takes the place of the one that is
-   idle for longest, with no request under way and none that waits to be read: of the client's own, or of whoever has the
-   most. Only where each of them is busy it is refused.
+   idle for longest, with no request under way and none that waits to be read: of the client's own, or of whoever has
+   the most. Only where each of them is busy it is refused.
 3. Who ends its own side after a request (`shutdown(SHUT_WR)`) still gets the answer; the connection is closed then.
 """
 
