@@ -18,6 +18,7 @@ import pytest
 
 from tests.daemon.harness import ROOT, Daemon, serving, socket_folder, turn
 from tests.helpers import PATIENCE, refusing_port, totals, wait_until
+from tracker_daemon.daemon.serve import _place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,6 +90,16 @@ def test_what_is_wrong_is_said_first(folder: Path) -> None:
     assert (good.returncode, good.stdout) == (0, GOOD)
     assert not (folder / "s").exists()
     assert "TRACKER_LISTNE" in refused("--listen", socket_there, TRACKER_LISTNE="unix:x")
+
+
+def test_the_page_names_the_database_without_credentials() -> None:
+    """Host, port and name are shown; user, password and whatever else the URL holds are not."""
+    for given, shown in (
+        ("postgresql://me:secret@db.example:6000/chat?sslpassword=hidden", "db.example, port 6000, database chat"),
+        ("host=db.example dbname=chat user=me password=secret", "db.example, port 5432, database chat"),
+        ("embedded:/var/lib/chat", "embedded:/var/lib/chat"),
+    ):
+        assert _place(given) == shown
 
 
 def test_the_file_of_the_socket(database: str, folder: Path) -> None:
