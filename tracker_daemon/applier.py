@@ -25,7 +25,7 @@ from tracker_daemon.generation import Generation
 from tracker_daemon.journal.directory import operation_of
 from tracker_daemon.journal.windows import Damage, take
 from tracker_daemon.logs import Rated, get_logger
-from tracker_daemon.sink import Applied, FaultKind, LedgerMissing, LedgerRegressed, Opened, Recalls, SinkFault
+from tracker_daemon.sink import Applied, FaultKind, LedgerMissing, LedgerRegressed, Looks, Opened, Recalls, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -52,6 +52,7 @@ _PLANS: Final[dict[FaultKind, Backoff]] = {
 }
 _QUICK_TRIES_OF_OTHER: Final = 3
 _LETTERS_TOLD: Final = 10
+_LOOKED_AT: Final = 16
 _BREATH: Final = 1_000
 DAY: Final = 86_400.0
 SIGN_OF_LIFE: Final = 7 * DAY
@@ -93,7 +94,9 @@ class Applier:
         """Of each earlier life, the sequence up to which it is settled here."""
         self._log = get_logger()
         self._rated = Rated(clock)
-        self._random = Random()  # noqa: S311 - jitter
+        self._random = random = Random()  # noqa: S311 - jitter, and which deltas are looked at
+        if isinstance(sink, Looks):
+            sink.following = lambda batch: backlog.following(batch.deltas, _LOOKED_AT, random)
         self._hurry: anyio.Event | None = None
         self._hurried = False
         self._signing: anyio.Event | None = None

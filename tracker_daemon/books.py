@@ -143,3 +143,26 @@ def _count(counter: Counter[str], rows: Sequence[Row]) -> Counter[str]:
     counter["record_turn"] += sum(map(_TURNS, rows))
     counter["resolve"] += sum(rare[0] for rare in filter(None, map(_RARE, rows)))
     return counter
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerStats:
+    """Calls, at one instant: `accepted == applied + dead_lettered + lost + pending`, exactly.
+
+    Attributes:
+        accepted: taken; `True` was returned.
+        applied: committed (or skipped, with `create_missing=False`).
+        dead_lettered: in deltas that the database will never take; kept in `tracker_dead_letters`.
+        lost: taken and not kept: a shutdown deadline passed.
+        pending: taken and on their way.
+        rejected: never taken: invalid, full or closed.
+        rows_skipped: not calls but rows: threads of a flush that had none, with `create_missing=False`.
+    """
+
+    accepted: int
+    applied: int
+    dead_lettered: int
+    lost: int
+    pending: int
+    rejected: int
+    rows_skipped: int = 0

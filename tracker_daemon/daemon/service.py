@@ -198,6 +198,7 @@ class Service:
                 producer=producer,
                 epoch=epoch,
                 sequence=sequence,
+                relayed=self.relay.batches,
                 regressions=numbers.regressions + relayed.regressions,
                 fenced=numbers.fenced,
             ),

@@ -9,9 +9,9 @@ Rules:
 4. Data that the database refuses is looked for by halving (`apart`), each half under a savepoint, all in one
    transaction: what stands alone is set aside as a dead letter, the rest commits with it.
 5. An error that may be about the table as well (`faults.IN_DOUBT`) is looked for in the same way, but only once the
-   same batch has failed by such a one three times, and sets nothing aside unless another row of the batch goes through.
-   Else the batch is held, and fails as before. So it is, until that is mended, with a batch whose only row fails so:
-   nothing tells it from a table at fault, and no later batch may pass it.
+   same batch has failed by such a one three times, and sets nothing aside unless another row goes through: of the
+   batch, or of what waits behind it (`Looks.following`), which is tried under a savepoint and rolled back. Else nothing
+   tells a bad row from a table at fault: the batch is held, and fails as before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tracker_daemon.postgres.session import Session
 from tracker_daemon.sink import Applied, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from uuid import UUID
 
     from tracker_daemon.delta import ThreadDelta
@@ -81,6 +81,8 @@ class PostgresSink:
         """How often each batch failed on a sound connection by what may be about the table or about a row."""
         self._breath = Breath(_PART, _LARGEST_PART)
         self._random = Random()  # noqa: S311 - which rows are tried first
+        self.following: Callable[[Batch], Sequence[ThreadDelta]] = lambda _: ()
+        """See `Looks`."""
 
     # -- the port ----------------------------------------------------------------------------------
 
@@ -331,9 +333,10 @@ class PostgresSink:
         deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
         doubts = self._doubts(batch)
         apart = Apart(session, batch, self._timeout, doubts, self._merge_under_savepoint)
-        if doubts is None or await self._is_worth_halving(session, batch, deltas, doubts):
+        is_sound = doubts is not None and await self._goes_through(session, batch, self.following(batch), [])
+        if doubts is None or is_sound or await self._goes_through(session, batch, deltas, doubts) or not doubts:
             await apart.run(deltas)
-        if doubts and not apart.merged:
+        if doubts and not apart.merged and not is_sound:
             # Nothing goes through: the table may be at fault. What was set aside now would be everything.
             with session.deadline(self._timeout):
                 await connection.rollback()
@@ -343,13 +346,15 @@ class PostgresSink:
             await connection.execute("COMMIT")
         return self._applied(batch, apart.sent, apart.merged, tuple(apart.dead))
 
-    async def _is_worth_halving(
-        self, session: Session, batch: Batch, deltas: list[ThreadDelta], doubts: list[Exception]
+    async def _goes_through(
+        self, session: Session, batch: Batch, deltas: Sequence[ThreadDelta], doubts: list[Exception]
     ) -> bool:
         """Say whether one of a few rows goes through alone: a table at fault is not asked about each of them.
 
-        Picked at random, so that with more bad rows than good ones a later try finds a good one.
+        Nothing of it stays. Picked at random, so that with more bad rows than good ones a later try finds a good one.
         """
+        if not deltas:
+            return False
         with session.deadline(self._timeout):
             await session.connection.execute("SAVEPOINT probe")
         for delta in self._random.sample(deltas, min(_PROBES, len(deltas))):
@@ -365,7 +370,7 @@ class PostgresSink:
                 await session.connection.execute("ROLLBACK TO SAVEPOINT probe")
             if merged:
                 return True
-        return not doubts
+        return False
 
     async def _merge_under_savepoint(
         self, session: Session, batch: Batch, deltas: list[ThreadDelta]
