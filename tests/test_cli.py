@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PASSWORD = "hunter2secret"  # noqa: S105 - of nobody
-TABLES = {"conversations", "tracker_ledger", "tracker_dead_letters", "tracker_migrations"}
+TABLES = {
+    "conversations",
+    "tracker_ledger",
+    "tracker_dead_letters",
+    "tracker_partitions",
+    "tracker_consumers",
+    "tracker_migrations",
+}
+STEPS = "applied 0001_tables\napplied 0002_partitions\n"
 
 
 def run(*arguments: str, **environment: str) -> Result:
@@ -38,7 +46,7 @@ def tables(conninfo: str, schema: str = "public") -> set[str]:
 def test_migrate_twice(empty_database: str) -> None:
     """The first run makes the tables and names its steps; the second has nothing to do."""
     first = run("migrate", "--database", empty_database)
-    assert (first.exit_code, first.output) == (0, "applied 0001_tables\n")
+    assert (first.exit_code, first.output) == (0, STEPS)
     assert tables(empty_database) == TABLES
     second = run("migrate", "--database", empty_database)
     assert (second.exit_code, second.output) == (0, "nothing to do\n")
@@ -51,7 +59,7 @@ def test_migrate_twice_at_once(empty_database: str) -> None:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
     ]
     outputs = sorted(process.communicate(timeout=60)[0] for process in processes)
-    assert outputs == ["applied 0001_tables\n", "nothing to do\n"]
+    assert outputs == [STEPS, "nothing to do\n"]
     assert [process.returncode for process in processes] == [0, 0]
 
 
@@ -95,7 +103,7 @@ def test_embedded(server_folder: Path, request: pytest.FixtureRequest) -> None:
     before = run("migrate", "--database", database, "--check")
     assert (before.exit_code, before.stdout) == (1, f"{directory} holds no database\n")
     assert not directory.exists()
-    assert run("migrate", "--database", database).output == "applied 0001_tables\n"
+    assert run("migrate", "--database", database).output == STEPS
     assert run("migrate", "--database", database, "--check").output == "nothing is missing\n"
 
 
@@ -228,7 +236,7 @@ def test_secret_in_a_file(empty_database: str, tmp_path: Path) -> None:
     """`TRACKER_DATABASE_FILE` names a file that holds the URL; an option that is given wins."""
     file = tmp_path / "database"
     file.write_text(f"{empty_database}\n")
-    assert run("migrate", TRACKER_DATABASE_FILE=str(file)).output == "applied 0001_tables\n"
+    assert run("migrate", TRACKER_DATABASE_FILE=str(file)).output == STEPS
     file.write_text("postgresql://127.0.0.1:1/none")
     assert run("migrate", "--database", empty_database, TRACKER_DATABASE_FILE=str(file)).exit_code == 0
 

@@ -196,7 +196,7 @@ class Flusher:
         applied = await self._sink.apply(Batch(producer, self.lane, position.epoch, sequence, deltas))
         if not isinstance(applied, Applied):
             raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
-        self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence)
+        self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence, position.database)
         self._numbers.ledger = (str(producer), position.epoch, sequence)
         return applied
 
@@ -305,7 +305,8 @@ class Flusher:
         if not life.windows:  # what was never on the disk needs no place in the ledger
             journal.recovered_life(life)
             return
-        known = Opened(life.epoch, 0) if life.epoch else None
+        # What stood before the first window that is left was applied.
+        known = Opened(life.epoch, life.windows[0].first - 1, life.database) if life.epoch else None
         if known is not None:
             self._acknowledged[producer] = known
         position = await self._persist(lambda: self._open(producer, known))

@@ -137,6 +137,9 @@ async def retry(session: Session, thread_id: str | None) -> tuple[int, int]:
     """
     applied = refused = 0
     for letter in await stored(session, thread_id):
+        if "unreadable" in letter.delta:
+            refused += 1  # a message that was no batch: there is nothing to apply
+            continue
         key = {name: getattr(letter, name) for name in ("producer", "lane", "sequence", "thread_id")}
         try:
             async with session.connection.transaction():
