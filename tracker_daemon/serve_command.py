@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Setting = Callable[..., Callable[[Any], Any]]
     Check = Callable[[click.Context, click.Parameter, str], Any]
 
-_LEVELS = ("debug", "info", "warning", "error")
+LEVELS = ("debug", "info", "warning", "error")
 
 
 def commands(
@@ -30,7 +30,8 @@ def commands(
     return [_serve(setting, one_line, database, table), _health(setting, one_line)]
 
 
-def _listens(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Listen, ...]:
+def listens(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Listen, ...]:
+    """Return the addresses in *values*, or the default's."""
     from tracker_daemon.daemon.options import DEFAULT_SOCKET, listen  # noqa: PLC0415
     from tracker_daemon.errors import ConfigError  # noqa: PLC0415
 
@@ -43,7 +44,8 @@ def _listens(context: click.Context, parameter: click.Parameter, values: tuple[s
     return tuple(found)
 
 
-def _octal(context: click.Context, parameter: click.Parameter, value: str) -> int:
+def octal(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Return the mode in *value*."""
     try:
         mode = int(value, 8)
     except ValueError:
@@ -61,12 +63,12 @@ def _serve(
         setting(
             "--listen",
             multiple=True,
-            callback=_listens,
+            callback=listens,
             metavar="ADDRESS",
             help="unix:PATH or HOST:PORT; may be repeated.  [default: unix:/run/tracker-daemon/tracker.sock]",
         ),
         setting("--token-file", type=click.Path(path_type=Path), help="Its first line is the bearer token for /v1/."),
-        setting("--socket-mode", default="660", callback=_octal, help="Of Unix sockets, octal."),
+        setting("--socket-mode", default="660", callback=octal, help="Of Unix sockets, octal."),
         setting("--socket-group", help="Of Unix sockets: the workers' group."),
         setting("--table", default="conversations", callback=table, help="The conversations; may be schema.name."),
         setting("--journal", type=click.Path(path_type=Path), metavar="DIR", help="Keeps calls through a crash."),
@@ -84,7 +86,7 @@ def _serve(
         setting("--max-line", type=click.IntRange(64), default=64 << 10, help="Bytes in a line of NDJSON."),
         setting("--max-connections", type=click.IntRange(1), default=2_000, help="At once."),
         setting("--read-timeout", type=click.FloatRange(0.1), default=20.0, help="Seconds for a request's head."),
-        setting("--log-level", type=click.Choice(_LEVELS), default="info", help="The least that is logged."),
+        setting("--log-level", type=click.Choice(LEVELS), default="info", help="The least that is logged."),
         setting("--log-format", type=click.Choice(("text", "json")), default="text", help="Of the log, on stderr."),
         click.option("--check-config", is_flag=True, help="Check the settings, change nothing, and exit."),
     ]
@@ -120,7 +122,7 @@ def _serve(
 def _health(setting: Setting, one_line: Callable[[], AbstractContextManager[None]]) -> click.Command:
     @click.command("health", short_help="Exit 0 when the daemon is ready.")
     @setting(
-        "--listen", multiple=True, callback=_listens, metavar="ADDRESS", help="Where the daemon is; the first counts."
+        "--listen", multiple=True, callback=listens, metavar="ADDRESS", help="Where the daemon is; the first counts."
     )
     @setting("--timeout", type=click.FloatRange(0.1), default=3.0, help="Seconds to wait for the answer.")
     def health(listen: tuple[Listen, ...], timeout: float) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import resource
-import sys
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +14,7 @@ from prometheus_client.registry import CollectorRegistry
 
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.bearer import Token
+from tracker_daemon.daemon.log import log_to_stderr
 from tracker_daemon.daemon.options import Options, group_id
 from tracker_daemon.daemon.process import Process, bind_all, removed_at_end
 from tracker_daemon.daemon.relay import Relay
@@ -126,7 +123,7 @@ def run(plan: Plan) -> int:
     Raises:
         ConfigError, JournalError, EmbeddedPostgresError: it cannot start.
     """
-    _log_to_stderr(plan)
+    log_to_stderr(plan.log_level, plan.log_format)
     with ExitStack() as stack:
         database = plan.database
         if (directory := database.removeprefix("embedded:")) != database:
@@ -196,30 +193,3 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
             token.reload()
 
     return await Process(service, sockets, plan.shutdown_timeout, reload).run()
-
-
-# -- the log ---------------------------------------------------------------------------------------
-
-
-class _Json(logging.Formatter):
-    """A JSON object a line: time, level, logger, event, and the event's fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = dict(getattr(record, "tracker", None) or {"event": record.getMessage()})
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name}
-        line |= {"event": fields.pop("event", None), **fields}
-        return json.dumps(line, default=str, ensure_ascii=False)
-
-
-def _log_to_stderr(plan: Plan) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = _Json() if plan.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    formatter.converter = time.gmtime
-    formatter.default_time_format, formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-    handler.setFormatter(formatter)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel("WARNING")
-    logging.getLogger("tracker_daemon").setLevel(plan.log_level.upper())

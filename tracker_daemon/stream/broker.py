@@ -46,7 +46,7 @@ PARTITIONS: Final = "tracker-partitions"
 _FULL: Final = 10077
 _FULL_MESSAGES: Final = 10047
 _NO_MESSAGE: Final = 10037
-_DEFAULT_WINDOW: Final = 600.0
+DEFAULT_WINDOW: Final = 600.0
 _ID_BYTES: Final = 3
 
 
@@ -62,7 +62,7 @@ class Limits:
 
     replicas: int = 3
     max_bytes: int = 1 << 30
-    duplicate_window: float = _DEFAULT_WINDOW
+    duplicate_window: float = DEFAULT_WINDOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ class Facts:
         peers: the servers that hold it.
         replicas: how many there should be.
         current: how many of them follow, the leader among them.
-        faults: what is not as `create` makes it.
+        duplicate_window: as in `Limits`.
+        faults: what is set so that it would lose or refuse what it should not.
     """
 
     partition: int
@@ -93,6 +94,7 @@ class Facts:
     peers: tuple[str, ...]
     replicas: int
     current: int
+    duplicate_window: float = 0.0
     faults: tuple[str, ...] = ()
 
 
@@ -103,6 +105,15 @@ class Raw:
     position: int
     headers: dict[str, str]
     body: bytes
+
+    @property
+    def taken_at(self) -> float:
+        """When the log took it, seconds since 1970; 0 if it does not say."""
+        try:
+            # To the microsecond: Python reads no nanoseconds.
+            return datetime.fromisoformat(self.headers["Nats-Time-Stamp"][:26].rstrip("Z") + "Z").timestamp()
+        except (KeyError, ValueError):
+            return 0.0
 
 
 @dataclass(slots=True)
@@ -359,8 +370,6 @@ def _facts(partition: int, info: StreamInfo, subject: str) -> Facts:
         faults.append("max_age is set: it drops what was acknowledged")
     if (config.max_msgs or -1) > 0 or (config.max_msgs_per_subject or -1) > 0:
         faults.append("a limit on messages is set: it drops what was acknowledged, or refuses what would fit")
-    if (config.duplicate_window or 0) < _DEFAULT_WINDOW:
-        faults.append(f"duplicate_window is below {_DEFAULT_WINDOW:g} s")
     if not config.allow_direct:
         faults.append("allow_direct is off: it cannot be read")
     if config.subjects != [subject]:
@@ -380,6 +389,7 @@ def _facts(partition: int, info: StreamInfo, subject: str) -> Facts:
         peers=tuple(name for name in (leader, *(peer.name for peer in followers)) if name),
         replicas=replicas,
         current=1 + sum(bool(peer.current) and not peer.offline for peer in followers),
+        duplicate_window=config.duplicate_window or 0.0,
         faults=tuple(faults),
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 import anyio
@@ -320,21 +320,6 @@ class Consumer:
             rows_skipped=self._skipped,
         )
         return Reading(books=books, rejected={}, numbers=self.numbers, queue_limit=0)
-
-    def shown(self) -> list[dict[str, Any]]:
-        """Return what is shown of each partition."""
-        return [
-            {
-                "partition": number,
-                "owned": each.owned,
-                "position": each.position,
-                "lag": each.lag,
-                "bytes": each.bytes,
-                "max_bytes": each.max_bytes,
-                "fault": each.fault,
-            }
-            for number, each in enumerate(self.partitions)
-        ]
 
 
 _MOST_PRODUCERS: Final = 10_000

@@ -11,7 +11,7 @@ from tracker_daemon.errors import SchemaError
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.leases import Leases
 from tracker_daemon.sink import SinkFault
-from tracker_daemon.stream.broker import Broker
+from tracker_daemon.stream.broker import DEFAULT_WINDOW, Broker
 from tracker_daemon.stream.messages import lane_of, stream_of
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def _faults(facts: Facts, positions: dict[int, int], database: str | None) -> tu
     faults = list(facts.faults)
     if not facts.leader and facts.replicas > 1:
         faults.append("it has no leader")
+    if facts.duplicate_window < DEFAULT_WINDOW:
+        faults.append(f"duplicate_window is {facts.duplicate_window:g} s: repeats are stored, and told in the database")
     if facts.current < facts.replicas:
         faults.append(f"only {facts.current} of {facts.replicas} replicas follow")
     if facts.max_bytes > 0 and facts.bytes > facts.max_bytes * 0.9:

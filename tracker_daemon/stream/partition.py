@@ -185,6 +185,8 @@ class Partition:
             raw = self._buffer.popleft()
             if raw.position != after + 1:
                 raise SinkFault("connection", f"after the message {after} came {raw.position}")
+            if not taken.messages:
+                self.numbers.oldest = raw.taken_at
             message = self._decoded(raw)
             after = raw.position
             taken.messages.append(message)
@@ -271,13 +273,14 @@ class Partition:
         numbers.bytes, numbers.max_bytes = facts.bytes, facts.max_bytes
         numbers.position, numbers.lag = position, facts.last - position
         if not numbers.lag:
-            numbers.fault = ""
+            numbers.fault, numbers.oldest = "", 0.0
         await self._purge(facts, now)
 
     def _count(self) -> None:
         numbers = self.numbers
         numbers.lag = max(0, numbers.lag - (self.place.position - numbers.position))
         numbers.position = self.place.position
+        numbers.oldest = self._buffer[0].taken_at if self._buffer else 0.0
 
     async def _purge(self, facts: Facts, now: float) -> None:
         marks, position = self._marks, self.place.position

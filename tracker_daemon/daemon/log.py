@@ -1,0 +1,33 @@
+"""The log of a process, on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+
+class _Json(logging.Formatter):
+    """A JSON object a line: time, level, logger, event, and the event's fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = dict(getattr(record, "tracker", None) or {"event": record.getMessage()})
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name}
+        line |= {"event": fields.pop("event", None), **fields}
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+def log_to_stderr(level: str, format_: str) -> None:
+    """Send the package's log from *level* on, and others' warnings, to stderr: as text, or as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = _Json() if format_ == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    formatter.converter = time.gmtime
+    formatter.default_time_format, formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel("WARNING")
+    logging.getLogger("tracker_daemon").setLevel(level.upper())
