@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tracker_daemon.stream.broker import Facts, Limits
 
 _PATIENCE = 30.0
+_ELECTION = 5.0
 _NOBODY = UUID(int=0)
 
 
@@ -70,6 +72,19 @@ async def _spread_leaders(broker: Broker, partitions: int) -> None:
         preferred = servers[each.partition % len(servers)] if servers else ""
         if preferred and each.leader != preferred and preferred in each.peers:
             await broker.step_down(each.partition, preferred)
+            await _led(broker, each.partition, preferred)
+
+
+async def _led(broker: Broker, partition: int, preferred: str) -> None:
+    """Wait until a partition is led again, for a while; by *preferred* if it comes to that."""
+    time = asyncio.get_running_loop().time
+    until = time() + _ELECTION
+    while time() < until:
+        with suppress(SinkFault):
+            facts = await broker.facts(partition)
+            if facts is not None and facts.leader == preferred:
+                return
+        await asyncio.sleep(0.1)
 
 
 @dataclass(frozen=True, slots=True)
