@@ -18,27 +18,29 @@ Rules:
 from __future__ import annotations
 
 import sys
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import RLock
 from typing import TYPE_CHECKING, Final
 from uuid import UUID, uuid4
 
+from tracker_daemon.books import Totals
 from tracker_daemon.call_queue import CallQueue
 from tracker_daemon.generation import KINDS, Generation, Record, summed
+from tracker_daemon.journal.journal import operation_of
 from tracker_daemon.journal.windows import Damage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from tracker_daemon.books import Books
     from tracker_daemon.call_queue import Calls
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.journal.journal import Journal
+    from tracker_daemon.journal.records import Header
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
-
-LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed", "journal_gone")
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
@@ -56,6 +58,8 @@ class _Sealed:
     producer: UUID | None = None
     first: int = 0
     settled: int = 0
+    header: Header | None = None
+    """Of its first file, or of what would have been one."""
     batches: deque[tuple[ThreadDelta, ...]] = field(default_factory=deque)
 
     @property
@@ -64,36 +68,6 @@ class _Sealed:
         if self.generation is None:
             return self.stored.calls if self.stored is not None else 0
         return sum(delta.calls for delta in chain(*self.batches))
-
-
-@dataclass(frozen=True, slots=True)
-class Books:
-    """One consistent reading, in calls; by kind of call or by reason where it is a mapping."""
-
-    accepted: dict[str, int]
-    applied: dict[str, int]
-    dead_lettered: dict[str, int]
-    lost: dict[str, int]
-    queue_calls: int
-    """Accepted and neither applied, dead-lettered nor lost."""
-    threads: int
-    """Distinct threads with uncommitted change."""
-    oldest_at: int
-    """Nanoseconds since 1970 of the oldest pending call; 0 when nothing is pending."""
-    rows_skipped: int
-    journaled: int = 0
-    """Of `queue_calls`: left to the journal by an end of the process, for the next one to apply."""
-
-
-@dataclass(slots=True)
-class _Totals:
-    folded: Counter[str] = field(default_factory=Counter)
-    applied: Counter[str] = field(default_factory=Counter)
-    dead_lettered: Counter[str] = field(default_factory=Counter)
-    lost: Counter[str] = field(default_factory=Counter)
-    recovered: Counter[str] = field(default_factory=Counter)
-    rows_skipped: int = 0
-    journaled: int = 0
 
 
 class Backlog:
@@ -141,14 +115,13 @@ class Backlog:
         self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
         self._threads = 0
-        self._recovered = Counter[str]()
         self._turn = RLock()
         self._waiting: set[str] | None = None
         self._moves = self._new = 0
         self._counted = -1
         self._given: deque[tuple[int, int, int]] = deque()
         """Of calls whose instant is not that of their taking: first number, the one behind the last, when taken."""
-        self._totals = _Totals()
+        self._totals = Totals()
 
     # -- the calls' side: no lock ------------------------------------------------------------------
 
@@ -241,9 +214,11 @@ class Backlog:
         return self._journal is not None and self._journal.stores_window
 
     @property
-    def is_full(self) -> bool:
-        """Whether the open window must be sealed, into the journal, before it takes in more."""
-        return len(self._window.deltas) >= self._most_in_window and self._can_store
+    def must_seal(self) -> bool:
+        """Whether the open window must be sealed before more is folded: it is full, or has ended where files did."""
+        if self._journal is None:
+            return False
+        return self._journal.queue.is_cut or (len(self._window.deltas) >= self._most_in_window and self._can_store)
 
     def open_gate(self) -> None:
         """Let calls in without asking, as far as the bounds allow."""
@@ -260,6 +235,11 @@ class Backlog:
         """Make the next call ask, which wakes the worker."""
         self.gate = 0
         self._waiting = None  # what came by the gate is not counted there
+
+    @property
+    def resident_threads(self) -> int:
+        """Distinct threads in memory, without those that only wait in the queue."""
+        return self._threads
 
     @property
     def window_threads(self) -> int:
@@ -298,28 +278,54 @@ class Backlog:
         An empty one is left open: there would be no batch whose end unseals it.
         """
         journal = self._journal
-        if not (self._window.deltas or (journal is not None and self.queue)):
+        if not (self._window.deltas or (journal is not None and (self.queue or journal.queue.is_cut))):
             return
-        following = None if journal is None else journal.queue.prepare_cut()
+        following = None if journal is None or journal.queue.is_cut else journal.queue.prepare_cut()
         with self.lock:
-            if journal is not None and following is not None:
+            segments = []
+            if journal is not None:
                 journal.queue.cut(following)
                 while self._drain(sys.maxsize, sys.maxsize):
                     pass
+                segments = journal.queue.take_window()
+                if not self._window.deltas:  # callers needed room twice
+                    journal.go_on(0)
+                    journal.drop(segments)
+                    return
             generation, self._window = self._window, Generation(create_missing=self.create_missing)
             batches = deque(generation.batches(self.max_batch_size))
             sealed = _Sealed(generation, None, self.folded, generation.oldest_at, len(generation.deltas))
             sealed.batches = batches
             if journal is not None:
                 sealed.producer, sealed.first = journal.producer, journal.next_first
-                sealed.stored = journal.seal(
-                    journal.queue.take_read(), len(batches), generation.calls, len(generation.deltas)
-                )
+                sealed.header = segments[0].header
+                sealed.stored = journal.seal(segments, len(batches), generation.calls, len(generation.deltas))
             if self._sealed and sealed.stored is not None:
                 sealed.generation = None
                 sealed.batches.clear()
             self._sealed.append(sealed)
             self._recount()
+
+    def mend(self) -> None:
+        """See to the windows whose files are not to be trusted, have grown long, or could not be had."""
+        journal = self._journal
+        assert journal is not None
+        if journal.untrusted or any(sealed.stored is None for sealed in self._sealed):
+            self.rewrite_sealed()
+        if not (journal.stores_window or journal.queue.is_cut) and journal.may_try:
+            self.leave_memory()
+        if journal.wants_rewriting:
+            self.rewrite()
+
+    def leave_memory(self) -> None:
+        """End an open window that is in memory, if a file can be had for the calls to come."""
+        journal = self._journal
+        assert journal is not None
+        following = journal.queue.prepare_cut()
+        if following.path is None:
+            journal.drop([following])
+        else:
+            journal.queue.cut(following)
 
     def rewrite(self) -> None:
         """Write the open window anew, as sums: its files are not to be trusted, or have grown long."""
@@ -344,25 +350,39 @@ class Backlog:
                 journal.drop(before)
 
     def rewrite_sealed(self) -> None:
-        """Write sealed windows anew whose files are not to be trusted; of one in memory what is not settled."""
+        """Write sealed windows anew that are in no file, or in one that is not to be trusted: what is not settled."""
         journal = self._journal
         assert journal is not None
         for sealed in list(self._sealed):
-            window = sealed.stored
-            bad = [segment for segment in journal.untrusted if window is not None and segment.path in window.paths]
-            if window is None or not bad or not journal.may_try:
+            window, header = sealed.stored, sealed.header
+            bad = window is not None and not journal.trusts(window)
+            if header is None or (window is not None and not bad) or not journal.may_write_anew:
                 continue
             generation = sealed.generation
             if generation is None:
+                assert window is not None
                 try:
                     generation = window.load()
                 except (Damage, OSError) as error:  # held, not guessed: it is read again when its turn comes
-                    journal.fail("read", error)
+                    journal.fail(operation_of(error), error)
                     continue
             first = sealed.first + sealed.settled
-            anew = journal.write_anew(generation, bad[0].header, journal.next_number(), first, sealed=True)
+            anew = journal.write_anew(generation, header, journal.next_number(), first, sealed=True)
             if anew is not None:
-                journal.replace(window, anew, sum(1 for _ in generation.batches(self.max_batch_size)))
+                batches, calls = sum(1 for _ in generation.batches(self.max_batch_size)), generation.calls
+                if window is None:
+                    self._store(sealed, journal.stored(anew, batches, calls, len(generation.deltas)))
+                else:
+                    journal.replace(window, anew, batches, calls)
+
+    def _store(self, sealed: _Sealed, window: Window) -> None:
+        """A window that was in memory alone is in files; in both, if it is the oldest."""
+        with self.lock:
+            sealed.stored = window
+            if sealed is not self._sealed[0]:
+                sealed.generation = None
+                sealed.batches.clear()
+                self._recount()
 
     def unstore_head(self) -> None:
         """Let the oldest sealed window, which is in memory, go on there alone: its files are not to be trusted."""
@@ -436,7 +456,7 @@ class Backlog:
             sealed = self._sealed[0]
             sealed.batches.popleft()
             sealed.settled += 1
-            self._count(batch, applied)
+            self._totals.settle(batch, applied)
             released = sum(self._release(delta) for delta in batch)
             # In this order: until the room grows, whoever counts finds the released threads that wait again.
             self._moves += 1
@@ -448,67 +468,58 @@ class Backlog:
             self._recount()
             return sealed.stored
 
-    def _count(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
-        dead = {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}
-        for delta in batch:
-            if reason := dead.get(delta.thread_id):
-                self._totals.dead_lettered[reason] += delta.calls
-            else:
-                _count(self._totals.applied, delta)
-        self._totals.rows_skipped += applied.skipped
-
     def recover(self, batches: Iterable[tuple[ThreadDelta, ...]]) -> None:
-        """Count as accepted what an earlier life had accepted and this one is to apply.
-
-        What was to be applied before, and was not settled, comes again: the recovery was cut short and has begun anew.
-        """
+        """See `Totals.recover`."""
         with self.lock:
-            self._totals.recovered -= self._recovered
-            self._recovered.clear()
-            for delta in chain.from_iterable(batches):
-                _count(self._recovered, delta)
-            self._totals.recovered += self._recovered
+            self._totals.recover(batches)
 
     def settle_recovered(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> None:
-        """The sink has *batch*, of an earlier life."""
+        """See `Totals.settle_recovered`."""
         with self.lock:
-            if self._recovered.total():  # else given up meanwhile
-                for delta in batch:
-                    self._recovered -= _count(Counter(), delta)
-                self._count(batch, applied)
+            self._totals.settle_recovered(batch, applied)
 
     def set_aside(self) -> None:
-        """What was recovered and cannot be applied stays in the journal."""
+        """See `Totals.set_aside`."""
         with self.lock:
-            self._totals.journaled += self._recovered.total()
-            self._recovered.clear()
+            self._totals.set_aside()
 
     def abandon(self, reason: str) -> int:
         """Give up everything pending: what the journal has stays there, the rest is lost for *reason*; return that."""
         with self.lock:
-            while self._drain(sys.maxsize, sys.maxsize):
-                pass
             lost = 0
             for sealed in self._sealed:
                 if sealed.stored is None:
                     lost += sealed.calls
                 else:
                     self._totals.journaled += sealed.calls
-            if self._can_store:
-                self._totals.journaled += self._window.calls
-            else:
-                lost += self._window.calls
+            lost += self._abandon_open()
             self.set_aside()
             self.end_recovery()
             if lost:
                 self._totals.lost[reason] += lost
-            self._window = Generation(create_missing=self.create_missing)
             self._sealed.clear()
             self._recount()
             self._waiting = None
             self._moves += 1
             self.settled = self.folded
             return lost
+
+    def _abandon_open(self) -> int:
+        """Give up the open window, and those after it: of each all is in files, or nothing. Return what is lost."""
+        journal, lost = self._journal, 0
+        while True:
+            while self._drain(sys.maxsize, sys.maxsize):
+                pass
+            window, self._window = self._window, Generation(create_missing=self.create_missing)
+            if self._can_store:
+                self._totals.journaled += window.calls
+            else:
+                lost += window.calls
+            if journal is None or not journal.queue.is_cut:
+                return lost
+            batches = sum(1 for _ in window.batches(self.max_batch_size))
+            journal.queue.pass_over()
+            journal.go_on(batches)
 
     # -- whoever asks ------------------------------------------------------------------------------
 
@@ -537,24 +548,11 @@ class Backlog:
         """Read all numbers at one instant."""
         with self.lock:
             waiting = self.queue.waiting()
-            totals = self._totals
-            accepted = totals.folded + totals.recovered + Counter(KINDS[len(record)] for record in waiting)
-            settled = totals.applied.total() + totals.dead_lettered.total() + totals.lost.total()
             unseen = {record[0] for record in waiting if not self._holds(record[0])}
             oldest = self._sealed[0].oldest_at if self._sealed else self._window.oldest_at
             oldest = oldest or next((self._taken_at() or record[-1] for record in waiting), 0)
             stored = sum(sealed.threads for sealed in self._sealed if sealed.generation is None)
-            return Books(
-                accepted=dict(accepted),
-                applied=dict(totals.applied),
-                dead_lettered=dict(totals.dead_lettered),
-                lost=dict(totals.lost),
-                queue_calls=accepted.total() - settled,
-                threads=self._threads + len(unseen) + stored,
-                oldest_at=oldest,
-                rows_skipped=totals.rows_skipped,
-                journaled=totals.journaled,
-            )
+            return self._totals.reading(waiting, self._threads + len(unseen) + stored, oldest)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -609,10 +607,3 @@ class Backlog:
             for generation in (*self._resident[1:], self._window):
                 rest = rest | generation.deltas.keys()
             self._threads = len(rest)
-
-
-def _count(counter: Counter[str], delta: ThreadDelta) -> Counter[str]:
-    counter["ensure_conversation"] += delta.ensures
-    counter["record_turn"] += delta.turns
-    counter["resolve"] += delta.resolves
-    return counter

@@ -184,7 +184,7 @@ def _one_line() -> Iterator[None]:
         import psycopg  # noqa: PLC0415 - rule 4
     except ImportError:
         raise click.ClickException("libpq is not installed: pip install 'tracker-daemon[daemon]'") from None
-    from tracker_daemon.errors import ConfigError, TrackerError  # noqa: PLC0415 - rule 4
+    from tracker_daemon.errors import ConfigError, TrackerError, one_line  # noqa: PLC0415 - rule 4
 
     try:
         yield
@@ -193,7 +193,7 @@ def _one_line() -> Iterator[None]:
     except (psycopg.Error, TrackerError, OSError) as error:
         # Of what the server refused its own words, without the place in a statement that nobody typed.
         text = (isinstance(error, psycopg.Error) and error.diag.message_primary) or str(error)
-        raise click.ClickException(" ".join(text.split())) from None
+        raise click.ClickException(one_line(text)) from None
 
 
 # -- the commands ----------------------------------------------------------------------------------

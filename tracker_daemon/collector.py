@@ -29,7 +29,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from tracker_daemon.backlog import LOST_REASONS, Books
+from tracker_daemon.books import LOST_REASONS, Books
 from tracker_daemon.flush_numbers import SECONDS, FlushNumbers, Histogram
 from tracker_daemon.front_door import REJECTED_REASONS
 from tracker_daemon.generation import KINDS

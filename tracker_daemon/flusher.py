@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Final
 
@@ -23,9 +24,10 @@ from tracker_daemon.backoff import PASSING, STANDING, Backoff
 from tracker_daemon.batch import Batch
 from tracker_daemon.errors import Fenced, JournalError, SchemaError
 from tracker_daemon.generation import Generation
+from tracker_daemon.journal.journal import operation_of
 from tracker_daemon.journal.windows import Damage, take
 from tracker_daemon.logs import Rated, get_logger
-from tracker_daemon.sink import Applied, FaultKind, LedgerMissing, LedgerRegressed, Opened, SinkFault
+from tracker_daemon.sink import Applied, FaultKind, LedgerMissing, LedgerRegressed, Opened, Recalls, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -57,6 +59,8 @@ _LETTERS_TOLD: Final = 10
 # Ledger rows without a sign of life for a month are collected: far enough from it.
 _DAY: Final = 86_400.0
 _BREATH: Final = 1_000
+SIGN_OF_LIFE: Final = 7 * _DAY
+_NEXT_TRY: Final = 3_600.0
 
 
 class Halted(Exception):  # noqa: N818 - not an error of its own: the reason is its cause
@@ -97,6 +101,8 @@ class Flusher:
         self._random = Random()  # noqa: S311 - jitter
         self._hurry: anyio.Event | None = None
         self._hurried = False
+        self._signing: anyio.Event | None = None
+        self._sign_at = clock.monotonic() + SIGN_OF_LIFE
         self.halted: BaseException | None = None
         """Why nothing is written any more, if so."""
 
@@ -132,7 +138,8 @@ class Flusher:
                 # The old identity's ledger row may be collected soon.
                 name = backlog.name(renew=bool(last) and self._clock.wall() - last > _DAY)
                 self._producer = name[0]
-                applied = await self._apply(*name, deltas, backlog.head_oldest_at)
+                batch = Batch(name[0], self.lane, 0, name[1], deltas, backlog.create_missing)
+                applied = await self._apply(batch, backlog.head_oldest_at)
                 window = backlog.settle(deltas, applied)
                 if self._journal is not None and window is not None:
                     self._journal.applied(window)
@@ -142,29 +149,65 @@ class Flusher:
         except Halted as halted:
             self.halted = halted.__cause__
 
+    @property
+    def sign_due(self) -> float | None:
+        """When the ledger is to be given a sign of life, on the monotonic clock; `None`: it need not.
+
+        What the journal's files hold is known by the ledger's row, which is collected after a month without one.
+        Without a journal a new identity is taken instead (`flush`).
+        """
+        known = self._journal is not None and self._backlog.producer in self._acknowledged
+        return self._sign_at if known and self.halted is None else None
+
+    async def give_sign(self) -> None:
+        """Give the ledger a sign of life, if it is due: while this process lives its row is not collected."""
+        due, now, producer = self.sign_due, self._clock.monotonic(), self._backlog.producer
+        if due is None or now < due:
+            return
+        self._sign_at = now + _NEXT_TRY
+        self._signing = done = anyio.Event()
+        try:
+            await self._open(producer)
+        except (Fenced, LedgerMissing) as final:
+            self._numbers.fenced = True
+            self.halted = final
+            self._tell(final, "flush_halted", level="critical", always=True)
+        except Exception as error:
+            self._count(kind_of(error))
+            self._tell(error, "sign_of_life_failed", level="warning")
+        else:
+            self._sign_at = now + SIGN_OF_LIFE
+        finally:
+            self._signing = None
+            done.set()
+
     async def aclose(self, *, clean: bool) -> None:
         """Let go of the sink; what its ledger says at the end is told."""
         try:
             producer = self._producer or self._backlog.producer
+            if self._signing is not None:
+                self._sink.abort()
+                await self._signing.wait()
             await self._sink.aclose(producer, self.lane, clean=clean and self.halted is None)
+            if clean and self.halted is None and self._journal is not None:
+                self._journal.closed()
         except (LedgerRegressed, LedgerMissing, Fenced) as error:
             self._numbers.regressions += isinstance(error, LedgerRegressed)
             self._tell(error, "ledger_at_close", level="error", always=True)
 
-    async def _apply(
-        self, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...], taken_at: int = 0
-    ) -> Applied:
-        """Apply one batch, however long it takes, and return what became of it.
+    async def _apply(self, batch: Batch, taken_at: int = 0) -> Applied:
+        """Apply one batch, under whatever epoch its producer has, however long it takes; return what became of it.
 
         *taken_at*: when the oldest call of its window was taken, nanoseconds since 1970; 0: as its calls say.
         """
+        producer = batch.producer
         tries = regressed = 0
         started = self._clock.monotonic()
         while True:
             try:
-                position = await self._reach(producer, sequence)
+                position = await self._reach(producer, batch.sequence)
                 started = self._clock.monotonic()
-                applied = await self._try(position, producer, sequence, deltas)
+                applied = await self._try(position, batch)
             except LedgerRegressed as error:
                 # Proof that the batch in hand is not there: it goes again under a new epoch.
                 self._positions.pop(producer, None)
@@ -185,19 +228,23 @@ class Flusher:
             else:
                 break
         self._hurried = False
-        self._record(applied, deltas, self._clock.monotonic() - started, taken_at)
+        self._record(applied, batch.deltas, self._clock.monotonic() - started, taken_at)
         if tries:
             self._say("info", "flush_recovered", tries=tries)
         return applied
 
-    async def _try(self, position: Opened, producer: UUID, sequence: int, deltas: tuple[ThreadDelta, ...]) -> Applied:
+    async def _try(self, position: Opened, batch: Batch) -> Applied:
+        producer, sequence = batch.producer, batch.sequence
         if position.applied_sequence >= sequence:
+            if isinstance(self._sink, Recalls):
+                return await self._sink.recall(replace(batch, epoch=position.epoch))
             return Applied(rows=0, duplicate=True)
-        applied = await self._sink.apply(Batch(producer, self.lane, position.epoch, sequence, deltas))
+        applied = await self._sink.apply(replace(batch, epoch=position.epoch))
         if not isinstance(applied, Applied):
             raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
         self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence, position.database)
         self._numbers.ledger = (str(producer), position.epoch, sequence)
+        self._sign_at = self._clock.monotonic() + SIGN_OF_LIFE
         return applied
 
     # -- the ledger --------------------------------------------------------------------------------
@@ -254,14 +301,14 @@ class Flusher:
                     batches = await self._batches(window)
                 except (OSError, Damage) as error:
                     # It is said what is missing when the ledger is moved on; a file that is gone holds nothing up.
-                    self._journal.errors["read"] += 1
+                    self._journal.errors[operation_of(error)] += 1
                     self._tell(error, "journal_unreadable", level="error", always=True)
                     continue
                 calls = 0
-                for sequence, deltas in batches:
-                    if after < sequence < before:
-                        await self._apply(producer, sequence, deltas)
-                        calls += sum(delta.calls for delta in deltas)
+                for batch in batches:
+                    if after < batch.sequence < before:
+                        await self._apply(batch)
+                        calls += sum(delta.calls for delta in batch.deltas)
                 if calls:
                     self._journal.replayed += calls
                     self._say("warning", "applied_again", first=window.first, calls=calls)
@@ -305,11 +352,20 @@ class Flusher:
         if not life.windows:  # what was never on the disk needs no place in the ledger
             journal.recovered_life(life)
             return
-        # What stood before the first window that is left was applied.
-        known = Opened(life.epoch, life.windows[0].first - 1, life.database) if life.epoch else None
+        # A window is noted as applied only once the ledger has registered its life. What stood before the first window
+        # that is left was applied.
+        epoch = life.epoch or int(any(window.applied_at for window in life.windows))
+        known = Opened(epoch, life.windows[0].first - 1, life.database) if epoch else None
         if known is not None:
             self._acknowledged[producer] = known
-        position = await self._persist(lambda: self._open(producer, known))
+        try:
+            position = await self._persist(lambda: self._open(producer, known))
+        except Halted as halted:
+            if not (isinstance(halted.__cause__, LedgerMissing) and journal.is_done_with(life)):
+                raise
+            journal.recovered_life(life)
+            self._say("info", "journal_collected", life=str(producer))
+            return
         calls = 0
         for number, window in enumerate(life.windows):
             following = life.windows[number + 1].first if number + 1 < len(life.windows) else None
@@ -320,7 +376,7 @@ class Flusher:
                 window.first,
             )
             if begun or last is None or last > position.applied_sequence:
-                calls += await self._recover_window(window, position)
+                calls += await self._recover_window(window)
             elif window.batches is None:
                 window.batches = last + 1 - window.first
             journal.recovered_window(window)
@@ -329,25 +385,22 @@ class Flusher:
         if calls:
             self._say("info", "journal_applied", life=str(producer), calls=calls)
 
-    async def _recover_window(self, window: Window, position: Opened) -> int:
+    async def _recover_window(self, window: Window) -> int:
         assert self._journal is not None
         self._journal.check_synced(window.paths)
         generation = await self._read(window)
         settled = self._recovered_until.get(window.producer, 0)
-        batches = list(enumerate(generation.batches(window.max_batch_size), window.first))
+        batches = self._cut(window, generation)
         window.batches = len(batches)
-        left = [(sequence, deltas) for sequence, deltas in batches if sequence > settled]
-        self._backlog.recover(deltas for _, deltas in left)
+        left = [batch for batch in batches if batch.sequence > settled]
+        self._backlog.recover(batch.deltas for batch in left)
         self._in_hand = window
         calls = 0
-        for sequence, deltas in left:
-            if sequence <= position.applied_sequence:
-                applied = Applied(rows=0, duplicate=True)
-            else:
-                applied = await self._apply(window.producer, sequence, deltas)
-            self._backlog.settle_recovered(deltas, applied)
-            self._recovered_until[window.producer] = sequence
-            found = sum(delta.calls for delta in deltas)
+        for batch in left:
+            applied = await self._apply(batch)
+            self._backlog.settle_recovered(batch.deltas, applied)
+            self._recovered_until[window.producer] = batch.sequence
+            found = sum(delta.calls for delta in batch.deltas)
             self._journal.recovered += found
             calls += found
         return calls
@@ -376,7 +429,7 @@ class Flusher:
                     # Written by this process: the disk is failing. Held, not guessed; but what was deleted is gone.
                     tries += 1
                     assert self._journal is not None
-                    self._journal.errors["read"] += 1
+                    self._journal.errors[operation_of(error)] += 1
                     if isinstance(error, FileNotFoundError) and tries >= _TRIES_OF_GONE:
                         self._tell(error, "journal_window_gone", level="error", always=True, calls=window.calls)
                         self._backlog.lose_stored_head(window)
@@ -384,9 +437,15 @@ class Flusher:
                     await self._wait_after(error, tries)
             self._backlog.load(window, generation)
 
-    async def _batches(self, window: Window) -> list[tuple[int, tuple[ThreadDelta, ...]]]:
-        generation = await self._read(window)
-        return list(enumerate(generation.batches(window.max_batch_size), window.first))
+    async def _batches(self, window: Window) -> list[Batch]:
+        return self._cut(window, await self._read(window))
+
+    def _cut(self, window: Window, generation: Generation) -> list[Batch]:
+        """Return the batches of a stored window, as they were when it was taken."""
+        return [
+            Batch(window.producer, window.lane, 0, sequence, deltas, window.create_missing)
+            for sequence, deltas in enumerate(generation.batches(window.max_batch_size), window.first)
+        ]
 
     async def _read(self, window: Window) -> Generation:
         generation = Generation(create_missing=window.create_missing)
@@ -394,6 +453,7 @@ class Flusher:
             take(generation, item)
             if not number % _BREATH:
                 await anyio.lowlevel.checkpoint()  # lets go of the interpreter
+        window.check(generation)
         return generation
 
     async def _make_durable(self, window: Window) -> None:

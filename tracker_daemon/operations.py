@@ -84,7 +84,7 @@ async def _connection(database: str) -> AsyncIterator[AsyncConnection[Any]]:
 async def opened_session(database: str, table: Table) -> AsyncIterator[Session]:
     """Yield a checked connection."""
     async with running_conninfo(database) as conninfo:
-        session = await Session.open(Connector(conninfo), table, create_missing=True, timeout=_PATIENCE)
+        session = await Session.open(Connector(conninfo), table, timeout=_PATIENCE)
         try:
             yield session
         finally:

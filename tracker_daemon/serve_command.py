@@ -40,7 +40,7 @@ def listens(context: click.Context, parameter: click.Parameter, values: tuple[st
         try:
             found.append(listen(value))
         except ConfigError as error:
-            raise click.BadParameter(str(error), context, parameter) from None
+            raise click.BadParameter(f"{error.fault}, got {value!r}", context, parameter) from None
     return tuple(found)
 
 
@@ -82,11 +82,20 @@ def _serve(
         setting("--max-pending", type=int, default=1_000_000, help="Threads with uncommitted change."),
         setting("--create-missing", type=bool, default=True, help="Whether a turn may create its row."),
         setting("--shutdown-timeout", type=float, default=10.0, help="Seconds for the drain."),
+        setting(
+            "--linger", type=float, default=0.0, help="Seconds to answer on if calls were lost, for a last scrape."
+        ),
         setting("--max-body", type=click.IntRange(1_024), default=32 << 20, help="Bytes in a request."),
         setting("--max-line", type=click.IntRange(64), default=64 << 10, help="Bytes in a line of NDJSON."),
         setting("--max-connections", type=click.IntRange(1), default=2_000, help="At once."),
-        setting("--read-timeout", type=click.FloatRange(0.1), default=20.0, help="Seconds for a request's head."),
+        setting(
+            "--read-timeout",
+            type=click.FloatRange(0.1),
+            default=20.0,
+            help="Seconds for a head, or an answer to be read.",
+        ),
         setting("--log-level", type=click.Choice(LEVELS), default="info", help="The least that is logged."),
+        setting("--log-level-file", type=click.Path(path_type=Path), help="Holds the level; read again at SIGHUP."),
         setting("--log-format", type=click.Choice(("text", "json")), default="text", help="Of the log, on stderr."),
         click.option("--check-config", is_flag=True, help="Check the settings, change nothing, and exit."),
     ]

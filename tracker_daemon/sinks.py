@@ -44,7 +44,7 @@ def _from_url(url: str, settings: Settings) -> Callable[[], Sink]:
     if colon and scheme in _DAEMON:
         return _from_daemon(url, scheme, rest)
     if colon and scheme in _STREAM:
-        return _stream(url, settings)
+        return _stream(url)
     if not (colon and scheme in ("postgresql", "postgres")) and "=" not in url:
         # The value is not shown: it may be a URL with a password and a typing error.
         raise ConfigError(
@@ -81,7 +81,7 @@ def _from_daemon(url: str, scheme: str, rest: str) -> Callable[[], Sink]:
     return lambda: HttpSink(where, socket=None, token=token)
 
 
-def _stream(url: str, settings: Settings) -> Callable[[], Sink]:
+def _stream(url: str) -> Callable[[], Sink]:
     from tracker_daemon.stream.address import address  # noqa: PLC0415
 
     found = address(url, "sink")
@@ -89,7 +89,7 @@ def _stream(url: str, settings: Settings) -> Callable[[], Sink]:
         from tracker_daemon.stream.sink import NatsSink  # noqa: PLC0415 - only who has a stream needs it
     except ImportError as error:
         raise ConfigError("sink", "needs an extra: pip install 'tracker-daemon[nats]'") from error
-    return lambda: NatsSink(found, create_missing=settings.create_missing)
+    return lambda: NatsSink(found)
 
 
 def _token(file: str) -> Callable[[], str | None]:
@@ -124,11 +124,11 @@ def _postgres(connector: Connector, settings: Settings) -> Callable[[], Sink]:
     from tracker_daemon.postgres.sink import PostgresSink  # noqa: PLC0415
 
     table = split_table(settings.table)
-    return lambda: PostgresSink(connector, table, create_missing=settings.create_missing)
+    return lambda: PostgresSink(connector, table)
 
 
 def _embedded(directory: Path, settings: Settings) -> Callable[[], Sink]:
     from tracker_daemon.embedded_sink import EmbeddedSink  # noqa: PLC0415
 
     table = split_table(settings.table)
-    return lambda: EmbeddedSink(directory, table, create_missing=settings.create_missing)
+    return lambda: EmbeddedSink(directory, table)

@@ -147,7 +147,7 @@ def _stream(  # noqa: C901 - three small commands
     def create(stream: Any, partitions: int, replicas: int, max_bytes: int, duplicate_window: float) -> None:
         """Make the stream, or what is missing of it; safe to repeat. Its number of partitions is for ever."""
         with one_line():
-            limits = _imported("tracker_daemon.stream.broker").Limits(replicas, max_bytes, duplicate_window)
+            limits = _imported("tracker_daemon.stream.facts").Limits(replicas, max_bytes, duplicate_window)
         made = operate("create", stream, partitions, limits)
         for line in [f"made {name}" for name in made] or ["nothing to do"]:
             click.echo(line)

@@ -370,10 +370,14 @@ class Tracker(FrontDoor):
         """Where accepted calls are written as well, or `None`; for looking at."""
         return self._journal
 
-    def count_invalid(self, calls: int) -> None:
-        """Count calls as rejected that whoever takes them in found malformed."""
-        for _ in range(calls):
-            self._refusals.add("invalid")
+    def count_rejected(self, reason: str, calls: int) -> None:
+        """Count calls as rejected that whoever takes them in has refused for *reason*."""
+        self._refusals.add(reason, calls)
+
+    @property
+    def backlog(self) -> Backlog:
+        """What was accepted and is not settled; for looking at."""
+        return self._backlog
 
     def __repr__(self) -> str:
         state = "closed" if self._worker.closed else "running" if self._worker.started else "not started"

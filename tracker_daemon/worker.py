@@ -4,7 +4,8 @@ Rules:
 1. The thread has an event loop and connections of its own: the host's loop is never blocked, and asyncio, trio and
    plain threads are alike to it.
 2. It holds the interpreter for a small chunk of calls at a time, and lets go between two of them.
-3. With nothing pending it sleeps until a call wakes it, and wakes nothing itself.
+3. With nothing pending it sleeps until a call wakes it, and wakes nothing itself; with a journal once a week, to give
+   the ledger a sign of life.
 4. Once told to stop it ends by the deadline, whatever the sink does; what is then pending is counted as lost.
 """
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from tracker_daemon.backlog import Backlog, Books
+    from tracker_daemon.backlog import Backlog
+    from tracker_daemon.books import Books
     from tracker_daemon.clock import Clock
     from tracker_daemon.flusher import Flusher
     from tracker_daemon.journal.journal import Journal
@@ -290,6 +292,8 @@ class Worker:
             if backlog.window_threads == 0:
                 seen_empty = now
             idle_looks = 0 if drained or not backlog.is_empty else idle_looks + 1
+            if idle_looks > len(_SECOND_LOOKS) and self._until_sign(now) == 0.0:
+                self._sealed.set()  # nothing is: the flusher is to give a sign
             await self._rest(seen_empty, idle_looks)
 
     async def _rest(self, seen_empty: float, idle_looks: int) -> None:
@@ -298,7 +302,7 @@ class Worker:
         timeout: float | None = self._flush_interval
         if idle_looks:
             self._backlog.shut_gate()
-            timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else None
+            timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else self._until_sign(now)
         elif self._backlog.window_threads and not self._backlog.in_flight:
             timeout = max(0.0, seen_empty + self._flush_interval - now)
         if self._journal is not None and self._journal.sync_interval and not self._syncing and self._journal.dirty:
@@ -312,16 +316,20 @@ class Worker:
             await self._clock.wait(event, timeout)
         await anyio.lowlevel.checkpoint()
 
+    def _until_sign(self, now: float) -> float | None:
+        due = self._flusher.sign_due if self._flusher is not None else None
+        return None if due is None else max(0.0, due - now)
+
     def _seal_if_due(self, now: float, opened: float) -> None:
         backlog = self._backlog
         if backlog.in_flight or not backlog.window_threads:
-            if backlog.is_full:
+            if backlog.must_seal:
                 backlog.seal()
             return
         if (
             now - opened >= self._flush_interval
             or backlog.window_threads >= backlog.max_batch_size
-            or backlog.is_full
+            or backlog.must_seal
             or self._stopping
             or any(barrier.target <= backlog.folded for barrier in self._barriers)
         ):
@@ -332,10 +340,7 @@ class Worker:
         """See to the journal: fsync by group, mend what cannot be trusted, let go of what is on the disk."""
         if self._syncing:
             return
-        if journal.untrusted:
-            self._backlog.rewrite_sealed()
-        if journal.wants_rewriting:
-            self._backlog.rewrite()
+        self._backlog.mend()
         if journal.sync_interval and now - self._synced_at >= journal.sync_interval and journal.dirty:
             self._syncing = True
             tasks.start_soon(self._sync, journal)
@@ -358,6 +363,7 @@ class Worker:
             self._sealed = anyio.Event()
             await self._recover(flusher)  # a fork's child has its place from its first call on
             await flusher.flush()
+            await flusher.give_sign()
             self._on_wake()
 
     async def _recover(self, flusher: Flusher) -> None:

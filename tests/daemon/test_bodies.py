@@ -89,7 +89,7 @@ def test_any_body(daemon: Daemon, body: bytes) -> None:
 
 
 @EXAMPLES
-@given(st.dictionaries(st.sampled_from(["Tracker-Producer", "Tracker-Sequence", "Tracker-Lane", "Tracker-Epoch", "Content-Type"]), st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)), st.binary(max_size=100), st.sampled_from(["/v1/batches", "/v1/producers", "/v1/calls"]))  # fmt: skip
+@given(st.dictionaries(st.sampled_from(["Tracker-Producer", "Tracker-Sequence", "Tracker-Lane", "Tracker-Epoch", "Content-Type"]), st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)), st.binary(max_size=100), st.sampled_from(["/v1/batches", "/v1/batches/recall", "/v1/producers", "/v1/calls"]))  # fmt: skip
 def test_any_headers(daemon: Daemon, headers: dict[str, str], body: bytes, path: str) -> None:
     """Whatever stands in the headers and the body, it is refused in words."""
     reply = daemon.request("POST", path, body, headers)

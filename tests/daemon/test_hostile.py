@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import select
 import socket
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -95,7 +97,7 @@ def test_byte_by_byte(daemon: Daemon) -> None:
     [
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),
         (b"\r\n" * 50_000, 400),
-        (b"GET / HTTP/9.9\r\n\r\n", 400),
+        (b"GET / HTTP/9.9\r\n\r\n", 200),  # read as 1.1
         (b"GET /\x00 HTTP/1.1\r\nHost: d\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: d\r\nX: " + b"x" * 70_000, 400),
         (b"GET / HTTP/1.1\r\nHost: d\r\n" + b"X: y\r\n" * 20_000, 400),
@@ -149,6 +151,50 @@ def test_gone_in_the_middle(daemon: Daemon) -> None:
         client.sendall(b"GET /metrics HTTP/1.1\r\nHost: d\r\n\r\n")
     assert daemon.get("/livez").status == 200
     assert "request_failed" not in daemon.log
+
+
+@pytest.mark.parametrize("requests", [1, 2], ids=["one", "two in a row"])
+def test_half_closed(daemon: Daemon, requests: int) -> None:
+    """Who ends its own side after its requests gets every answer, and the end of the connection after the last one.
+
+    With two, the second one waits in the connection while the first is answered.
+    """
+    body = turn("half").encode()
+    with psycopg.connect(daemon.database) as blocker, daemon.raw() as client:
+        blocker.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
+        lines = HEAD.replace(b"/v1/calls", b"/v1/calls?wait=committed") + b"Content-Length: %d\r\n\r\n" % len(body)
+        before = daemon.metric("tracker_calls_accepted_total")
+        client.sendall((lines + body) * requests)
+        client.shutdown(socket.SHUT_WR)
+        wait_until(lambda: daemon.metric("tracker_calls_accepted_total") > before, "the call")
+        blocker.rollback()
+        answer = read_all(client)
+    FINE.extend([200] * requests)  # turns of the module's count
+    assert answer.count(b"HTTP/1.1 200 ") == answer.count(b'{"accepted":1}') == requests
+
+
+def test_a_client_that_never_reads(daemon: Daemon) -> None:
+    """Who does not take its answers off the connection is cut off; as many as there may be at once cost nobody else."""
+    clients = [daemon.raw() for _ in range(20)]
+    poll = select.poll()
+    gone: set[int] = set()
+
+    def cut_off() -> bool:
+        gone.update(number for number, event in poll.poll(0) if event & (select.POLLHUP | select.POLLERR))
+        return len(gone) == len(clients)
+
+    try:
+        for client in clients:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+            client.setblocking(False)
+            poll.register(client, 0)
+            with suppress(BlockingIOError):
+                while True:
+                    client.send(b"GET /status.json HTTP/1.1\r\nHost: d\r\n\r\n" * 100)
+        wait_until(cut_off, "the end of every connection")
+    finally:
+        for client in clients:
+            client.close()
 
 
 def test_a_thousand_connections(database: str) -> None:

@@ -69,6 +69,7 @@ def test_what_is_wrong_is_said_first(folder: Path) -> None:
         (["--listen", socket_there, "--socket-group", "no-such-group"], "socket_group"),
         (["--listen", socket_there, "--flush-interval", "-1"], "flush_interval"),
         (["--listen", socket_there, "--socket-mode", "999"], "octal"),
+        (["--listen", socket_there, "--linger", "601"], "linger"),
     ):
         for check in ([], ["--check-config"]):
             said = refused(*options, *check)
@@ -186,6 +187,33 @@ def test_token(database: str, folder: Path) -> None:
     assert totals(database).turns == 5
 
 
+# -- the log -----------------------------------------------------------------------------------------
+
+
+def test_log_level(database: str, folder: Path) -> None:
+    """SIGHUP reads the level's file again, up and down; what it cannot read stops the start, and later leaves the last."""
+    file = folder / "level"
+    for text in ("", "loud"):
+        file.write_text(text)
+        assert "log_level_file must hold one of debug, info" in refused("--log-level-file", str(file), "--check-config")
+    assert "log_level_file cannot be read" in refused("--log-level-file", str(folder / "none"))
+    file.write_text("error\n")
+    with serving(database, "--log-level-file", str(file)) as daemon:
+        assert "listening" not in daemon.log
+        file.write_text("info\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("log_level_changed to=info")
+        daemon.says("reloaded")
+        file.write_text("loud\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("reload_failed")
+        file.write_text("warning\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("log_level_changed to=warning")
+        assert daemon.stop() == 0
+        assert "stopped" not in daemon.log
+
+
 # -- the end ---------------------------------------------------------------------------------------
 
 
@@ -230,6 +258,24 @@ def test_second_signal(database: str) -> None:
         assert daemon.end() == 1
         assert "drain_cut_short" in daemon.log
         assert "lost=3" in daemon.log
+
+
+def test_loss_is_seen_by_a_last_scrape(database: str) -> None:
+    """With `--linger` a daemon that lost calls answers /metrics for so long, then exits with 1; a signal cuts it short."""
+    options = ["--shutdown-timeout", "0", "--flush-interval", "60", "--linger", "600"]
+    with serving(database, *options) as daemon, psycopg.connect(database) as blocker:
+        blocker.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
+        assert daemon.post(turn() * 4).status == 202
+        assert daemon.metric("tracker_calls_lost_total") == 0
+        daemon.signal(signal.SIGTERM)
+        daemon.says("lost=4")
+        assert daemon.metric("tracker_calls_lost_total") == 4
+        assert (daemon.get("/livez").status, daemon.get("/readyz").status) == (200, 503)
+        assert daemon.post(turn()).status == 503
+        daemon.signal(signal.SIGTERM)
+        assert daemon.end() == 1
+    with serving(database, *options) as daemon:
+        assert daemon.stop() == 0, "nothing was lost: nothing to wait for"
 
 
 def test_killed_with_a_journal(database: str, folder: Path) -> None:

@@ -68,6 +68,12 @@ def of_layer(name: str) -> Path:
     return found
 
 
+def known_path(name: str) -> Path | None:
+    """Return where helm, kubectl or promtool is that is not on PATH."""
+    places = (FOLDER / "tools" / name, ROOT / ".cache/deploy/prometheus/usr/bin" / name)
+    return next((place for place in places if place.exists()), None)
+
+
 def run(*command: str | Path, stdin: str | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run a tool and return what it said, whatever its exit status."""
     return subprocess.run(

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
     from tests.deploy.podman import Podman
 
-pytestmark = pytest.mark.containers
+pytestmark = [
+    pytest.mark.containers,
+    pytest.mark.artefact("deploy/compose", "docker-compose", "podman", "runc", "prometheus"),
+]
 
 PROJECT = "trackertest"
 # All but Grafana, of which there is nothing to stand in.

@@ -6,12 +6,15 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.deploy.queries import missing, names
 from tests.deploy.tools import DEPLOY, run
 
 if TYPE_CHECKING:
     from tests.deploy.conftest import Samples
 
+pytestmark = pytest.mark.artefact("deploy/grafana", "grafana-foundation-sdk", "promql-parser")
 FILE = DEPLOY / "grafana" / "dashboard.json"
 BOARD: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]

@@ -162,7 +162,8 @@ def test_compose_hardening() -> None:
         assert services[name]["read_only"] is True
         assert services[name]["cap_drop"] == ["ALL"]
         assert services[name]["security_opt"] == ["no-new-privileges:true"]
-    drain = 2 * float(services["daemon"]["environment"]["TRACKER_SHUTDOWN_TIMEOUT"])
+    environment = services["daemon"]["environment"]
+    drain = 2 * float(environment["TRACKER_SHUTDOWN_TIMEOUT"]) + float(environment["TRACKER_LINGER"])
     assert int(services["daemon"]["stop_grace_period"].removesuffix("s")) > drain
 
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from tests.deploy.podman import Podman
 
-pytestmark = pytest.mark.containers
+pytestmark = [
+    pytest.mark.containers,
+    pytest.mark.artefact("Dockerfile", "podman", "buildah", "runc"),
+]
 
 # Of the layers above the base image; what the README says, and some.
 MOST_BYTES = 30_000_000

@@ -67,7 +67,18 @@ def playable(found: list[dict[str, Any]], secrets: Path, folder: Path) -> dict[s
     }
 
 
-@pytest.mark.parametrize("name", ["overlays/sidecar", "overlays/standalone", "helm sidecar", "helm journal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.artefact(path, tool, "podman", "runc"))
+        for name, path, tool in (
+            ("overlays/sidecar", "deploy/kubernetes/overlays/sidecar", "kubectl"),
+            ("overlays/standalone", "deploy/kubernetes/overlays/standalone", "kubectl"),
+            ("helm sidecar", "deploy/helm, sidecar.yaml", "helm"),
+            ("helm journal", "deploy/helm, journal.yaml", "helm"),
+        )
+    ],
+)
 def test_pod(system: Stack, name: str, tmp_path: Path) -> None:
     """The pod starts with the manifest's own security, its daemon becomes ready, takes calls, and drains at the end."""
     podman, before = system.podman, system.turns()

@@ -15,6 +15,7 @@ from tests.deploy.tools import DEPLOY, ROOT, promtool, run
 if TYPE_CHECKING:
     from tests.deploy.conftest import Samples
 
+pytestmark = pytest.mark.artefact("deploy/prometheus", "promtool", "promql-parser")
 FOLDER = DEPLOY / "prometheus"
 
 
@@ -50,6 +51,11 @@ def test_every_alert_is_tested_both_ways() -> None:
     assert fires == silent == set(ALERTS)
     # The usage is seen by the alert on it, in per cent.
     assert valued == RECORDED - {"instance:tracker_queue_usage:ratio"}
+
+
+def test_groups_are_evaluated_in_order() -> None:
+    """The unit tests name the order of the groups: promtool takes any where none is named, and their results differ."""
+    assert _read("rules_test.yml")["group_eval_order"] == [group["name"] for group in _read("rules.yml")["groups"]]
 
 
 def test_example_configuration() -> None:

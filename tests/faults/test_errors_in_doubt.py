@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -222,14 +223,14 @@ def test_rows_that_are_only_skipped_prove_nothing(database: str, admin: psycopg.
     """With `create_missing=False` a row that is left alone did not go through."""
     admin.execute("INSERT INTO conversations (thread_id, total_tokens) VALUES ('bad', 0), ('good', 0)")
     break_for(admin, "NEW.thread_id = 'bad'", FAULTS["no RETURN"][0])
-    with life(database, create_missing=False) as one:
-        held = one.batch("bad", *GOOD)
+    with life(database) as one:
+        held = replace(one.batch("bad", *GOOD), create_missing=False)
         one.fail(held, "other", times=10)
         assert letters(admin) == []
         mend(admin)
         assert one.send(held) == Applied(rows=1, skipped=299)
         break_for(admin, "NEW.thread_id = 'bad'", FAULTS["no RETURN"][0])
-        proven = one.batch("bad", "good", *GOOD, sequence=2)
+        proven = replace(one.batch("bad", "good", *GOOD, sequence=2), create_missing=False)
         one.fail(proven, "other")
         found = one.send_on(proven, "other")
         assert (found.rows, found.skipped, len(found.dead_letters)) == (1, 299, 1)

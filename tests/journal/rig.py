@@ -126,6 +126,9 @@ class Rig:
     def seal(self) -> None:
         """End the window."""
         self.drain()
+        while self.backlog.must_seal:
+            self.backlog.seal()
+            self.drain()
         if self.backlog.window_threads:
             self.backlog.seal()
 
@@ -140,11 +143,8 @@ class Rig:
 
     def keep(self) -> None:
         """Do what the worker does for the journal between two chunks of calls."""
-        self.journal._failed_at = float("-inf")
-        if self.journal.untrusted:
-            self.backlog.rewrite_sealed()
-        if self.journal.wants_rewriting:
-            self.backlog.rewrite()
+        self.journal._failed_at = self.journal._anew_from = float("-inf")
+        self.backlog.mend()
 
     def sync(self) -> None:
         """Bring everything to the disk."""

@@ -461,7 +461,7 @@ class TrackerMachine(RuleBasedStateMachine):
         """Choose the bounds, and begin the first life."""
         self.options = {"max_queue_size": 1_000, "max_pending": 1_000, **options}
         self.clock = ManualClock()
-        self.sink = ScriptedSink(self.clock, create_missing=options["create_missing"])
+        self.sink = ScriptedSink(self.clock)
         self.digits = Digits()
         self.calls: dict[str, list[Record]] = {thread_id: [] for thread_id in THREADS}
         self.gone: dict[str, set[int]] = {thread_id: set() for thread_id in THREADS}

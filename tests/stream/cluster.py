@@ -62,7 +62,7 @@ class Cluster:
         size: of its store.
     """
 
-    def __init__(self, folder: Path, nodes: int = 3, *, sync: str = "always", size: str = "2GB") -> None:
+    def __init__(self, folder: Path, nodes: int = 3, *, sync: str = "always", size: str = "64GB") -> None:
         self._folder = folder
         ports = _free_ports(2 * nodes)
         self.ports, routes = ports[:nodes], ports[nodes:]

@@ -12,7 +12,7 @@ from tests.helpers import Trackers
 from tests.stream.cluster import Cluster
 from tracker_daemon.stream import operations
 from tracker_daemon.stream.address import address
-from tracker_daemon.stream.broker import Limits
+from tracker_daemon.stream.facts import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -40,7 +40,8 @@ from tracker_daemon import Tracker
 from tracker_daemon.embedded import EmbeddedPostgres
 from tracker_daemon.stream import operations
 from tracker_daemon.stream.address import address
-from tracker_daemon.stream.broker import Broker, Limits
+from tracker_daemon.stream.broker import Broker
+from tracker_daemon.stream.facts import Limits
 from tracker_daemon.stream.sink import NatsSink
 
 if TYPE_CHECKING:
@@ -313,7 +314,7 @@ class Kills:
         with psycopg.connect(self._postgres.conninfo) as connection:
             [(rows, messages)] = connection.execute(
                 "SELECT (SELECT count(*) FROM conversations),"
-                " (SELECT sum(applied_sequence) FROM tracker_ledger WHERE closed_at = 'infinity')"
+                " (SELECT sum(applied_sequence) FROM tracker_ledger WHERE epoch > 0)"
             ).fetchall()
         self._say(f"injected: {dict(self.injected)}")
         self._say(f"met: {dict(self.met)}; {messages} messages in {PARTITIONS} partitions, {rows} rows")

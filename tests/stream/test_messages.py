@@ -50,23 +50,23 @@ def merged(found: list[ThreadDelta]) -> dict[str, ThreadDelta]:
 )
 def test_messages_are_the_batch(found: list[ThreadDelta], partitions: int, sequence: int, create_missing: bool) -> None:
     """Read back, the messages hold every delta once, each in its thread's partition, under sequences that grow."""
-    batch = Batch(PRODUCER, 0, 3, sequence, tuple(found))
-    made = messages.encode("chat", batch, partitions, create_missing=create_missing)
-    assert made == messages.encode("chat", batch, partitions, create_missing=create_missing)
+    batch = Batch(PRODUCER, 0, 3, sequence, tuple(found), create_missing)
+    made = messages.encode("chat", batch, partitions)
+    assert made == messages.encode("chat", batch, partitions)
     back: list[ThreadDelta] = []
     for partition, each in enumerate(made):
         last = 0
         for message in each:
-            entry = messages.decode(9, message.headers, message.body, partition)
-            assert (entry.position, entry.create_missing) == (9, create_missing)
-            assert (entry.batch.producer, entry.batch.lane, entry.batch.epoch) == (PRODUCER, partition + 1, 0)
-            assert messages.batch_of(entry.batch.sequence) == sequence
-            assert entry.batch.sequence > last
-            last = entry.batch.sequence
+            entry = messages.decode(message.headers, message.body, partition)
+            assert entry.create_missing == create_missing
+            assert (entry.producer, entry.lane, entry.epoch) == (PRODUCER, partition + 1, 0)
+            assert messages.batch_of(entry.sequence) == sequence
+            assert entry.sequence > last
+            last = entry.sequence
             assert message.subject == f"chat.{partition}.{PRODUCER.hex}"
-            assert {messages.partition_of(delta.thread_id, partitions) for delta in entry.batch.deltas} == {partition}
+            assert {messages.partition_of(delta.thread_id, partitions) for delta in entry.deltas} == {partition}
             assert len(message.body) <= messages.MESSAGE_BYTES
-            back += entry.batch.deltas
+            back += entry.deltas
     assert merged(back) == {delta.thread_id: delta for delta in found}
 
 
@@ -75,10 +75,10 @@ def test_large_batches_are_cut() -> None:
     found = [ThreadDelta(f"{number:0500}", NOW // 1_000) for number in range(2_000)]
     for delta in found:
         delta.ensure(NOW // 1_000)
-    [made] = messages.encode("chat", Batch(PRODUCER, 0, 1, 1, tuple(found)), 1, create_missing=True)
+    [made] = messages.encode("chat", Batch(PRODUCER, 0, 1, 1, tuple(found)), 1)
     assert len(made) > 3
     assert [int(message.headers["tracker-sequence"]) for message in made] == [65_536 + n for n in range(len(made))]
-    threads = [d.thread_id for m in made for d in messages.decode(1, m.headers, m.body, 0).batch.deltas]
+    threads = [d.thread_id for m in made for d in messages.decode(m.headers, m.body, 0).deltas]
     assert threads == [delta.thread_id for delta in found]
 
 
@@ -92,7 +92,7 @@ def good() -> messages.Message:
     """Return a message of partition 0."""
     delta = ThreadDelta("t", NOW // 1_000)
     delta.ensure(NOW // 1_000)
-    return messages.encode("chat", Batch(PRODUCER, 0, 1, 1, (delta,)), 1, create_missing=True)[0][0]
+    return messages.encode("chat", Batch(PRODUCER, 0, 1, 1, (delta,)), 1)[0][0]
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_what_is_no_message(headers: dict[str, str], body: bytes | None, partiti
     message = good()
     changed = replace(message, headers={**message.headers, **headers}, body=message.body if body is None else body)
     with pytest.raises(Malformed):
-        messages.decode(1, changed.headers, changed.body, partition)
+        messages.decode(changed.headers, changed.body, partition)
 
 
 def test_newer_format() -> None:
     """What a newer version wrote is not guessed at."""
     message = good()
     with pytest.raises(messages.Newer, match="format 2"):
-        messages.decode(1, {**message.headers, "tracker-format": "2"}, message.body, 0)
+        messages.decode({**message.headers, "tracker-format": "2"}, message.body, 0)

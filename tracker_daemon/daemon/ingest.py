@@ -180,4 +180,4 @@ def batch_of(producer: UUID, sequence: int, records: Iterable[Record], *, create
     if late := next(iter(generation.followers), None):
         fault = f"ensure_conversation of {shown(late)} must come before its other calls, or in a later request"
         raise Refused([{"line": None, "error": fault}])
-    return Batch(producer, 0, 0, sequence, tuple(generation.all()))
+    return Batch(producer, 0, 0, sequence, tuple(generation.all()), create_missing)

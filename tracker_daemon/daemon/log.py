@@ -7,6 +7,8 @@ import logging
 import sys
 import time
 
+from tracker_daemon.logs import get_logger
+
 
 class _Json(logging.Formatter):
     """A JSON object a line: time, level, logger, event, and the event's fields."""
@@ -31,3 +33,13 @@ def log_to_stderr(level: str, format_: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel("WARNING")
     logging.getLogger("tracker_daemon").setLevel(level.upper())
+
+
+def set_level(level: str) -> None:
+    """Set the log's level, and say so under the one of the two that lets more through."""
+    logger = logging.getLogger("tracker_daemon")
+    old, new = logger.level, logging.getLevelNamesMapping()[level.upper()]
+    logger.setLevel(min(old, new))
+    if old != new:
+        get_logger().warning("log_level_changed", to=level)
+    logger.setLevel(new)

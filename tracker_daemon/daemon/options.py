@@ -86,7 +86,7 @@ class Options:
         max_body: bytes in a request.
         max_line: bytes in a line of NDJSON.
         max_connections: at once.
-        read_timeout: seconds for a request's head, and for each part of its body.
+        read_timeout: seconds for a request's head, for each part of its body, and for its answer to be read.
         memory: bytes of requests under way at once.
         read_only: there is nothing that a token would guard.
     """

@@ -14,7 +14,7 @@ from prometheus_client.registry import CollectorRegistry
 
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.bearer import Token
-from tracker_daemon.daemon.log import log_to_stderr
+from tracker_daemon.daemon.log import log_to_stderr, set_level
 from tracker_daemon.daemon.options import Options, group_id
 from tracker_daemon.daemon.process import Process, bind_all, removed_at_end
 from tracker_daemon.daemon.relay import Relay
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # What the status page does not show: what holds secrets, or would be no use there.
 _HIDDEN: Final = frozenset({"database"})
 _OTHER_FILES: Final = 256
+LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +61,23 @@ class Plan:
     max_pending: int
     create_missing: bool
     shutdown_timeout: float
+    linger: float
     max_body: int
     max_line: int
     max_connections: int
     read_timeout: float
     log_level: str
+    log_level_file: Path | None
     log_format: str
 
     def __post_init__(self) -> None:
         self.options()
         self.settings()
+        self.level()
         if not 0 <= self.relay_interval <= 60:
             raise ConfigError("relay_interval", "must be between 0 and 60 seconds", self.relay_interval)
+        if not 0 <= self.linger <= 600:
+            raise ConfigError("linger", "must be between 0 and 600 seconds", self.linger)
         if self.token_file is not None:
             Token(self.token_file)
 
@@ -104,6 +110,24 @@ class Plan:
             journal_quota=self.journal_quota,
         )
 
+    def level(self) -> str:
+        """Return the log level; what the file says now, if there is one.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds no level.
+        """
+        if self.log_level_file is None:
+            return self.log_level
+        path = str(self.log_level_file)
+        try:
+            text = self.log_level_file.read_text(encoding="utf-8", errors="replace").strip().lower()
+        except OSError as error:
+            raise ConfigError("log_level_file", f"cannot be read: {error.strerror}", path) from None
+        if text not in LEVELS:
+            held = text[:80] if text else "nothing"
+            raise ConfigError("log_level_file", f"must hold one of {', '.join(LEVELS)}, and holds {held}", path)
+        return text
+
     @property
     def quoted_table(self) -> str:
         """The table as SQL has it."""
@@ -123,7 +147,7 @@ def run(plan: Plan) -> int:
     Raises:
         ConfigError, JournalError, EmbeddedPostgresError: it cannot start.
     """
-    log_to_stderr(plan.log_level, plan.log_format)
+    log_to_stderr(plan.level(), plan.log_format)
     with ExitStack() as stack:
         database = plan.database
         if (directory := database.removeprefix("embedded:")) != database:
@@ -179,7 +203,7 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
         on_error=lambda error: parts[0].note(error) if parts else None,
     )
     relay = Relay(
-        ManySink(Connector(database), plan.table, create_missing=plan.create_missing),
+        ManySink(Connector(database), plan.table),
         SystemClock(),
         window=plan.relay_interval,
         max_batch_size=plan.max_batch_size,
@@ -191,5 +215,6 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
     def reload() -> None:
         if token is not None:
             token.reload()
+        set_level(plan.level())
 
-    return await Process(service, sockets, plan.shutdown_timeout, reload).run()
+    return await Process(service, sockets, plan.shutdown_timeout, plan.linger, reload).run()

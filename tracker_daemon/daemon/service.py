@@ -11,8 +11,9 @@ import anyio
 
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.collector import TrackerCollector, collector_of
-from tracker_daemon.daemon.admission import Admission
+from tracker_daemon.daemon.admission import Admission, Shares
 from tracker_daemon.daemon.history import Error, History, Journal, Ledger, Status, Totals
+from tracker_daemon.daemon.refused import RefusedRequests
 from tracker_daemon.errors import TrackerError
 from tracker_daemon.flusher import kind_of
 from tracker_daemon.logs import get_logger
@@ -68,13 +69,15 @@ class Service:
     ) -> None:
         self.options, self.tracker, self.relay = options, tracker, relay
         self.token, self.registry, self.max_calls = token, registry, max_calls
-        self.admission = Admission(options.memory)
+        self.admission, self.shares = Admission(options.memory), Shares(tracker)
+        self.refused = RefusedRequests(registry)
         self._config = dict(config)
         self._clock = SystemClock()
         self._history = History(interval=_SAMPLE)
         self._started_at = self._clock.wall()
         self._collector: TrackerCollector = collector_of(registry)
         self._collector.add(relay)
+        relay.on_error = self.note
         self._errors: deque[Error] = deque(maxlen=_ERRORS)
         self._draining = False
         self.became_ready = anyio.Event()
@@ -103,9 +106,9 @@ class Service:
         text = self._shown(error)
         self._errors.appendleft({"at": round(time.time(), 3), "class": kind_of(error), "text": text})
 
-    def count_refused(self, calls: int) -> None:
+    def count_malformed(self, calls: int) -> None:
         """Count calls that were malformed."""
-        self.tracker.count_invalid(calls)
+        self.tracker.count_rejected("invalid", calls)
 
     # -- what runs beside the requests -------------------------------------------------------------
 

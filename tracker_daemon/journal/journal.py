@@ -25,7 +25,7 @@ from tracker_daemon.flush_numbers import SECONDS, Histogram
 from tracker_daemon.journal.lives import Life, life_of
 from tracker_daemon.journal.lock import DirectoryLock, try_lock
 from tracker_daemon.journal.records import HEADER_SIZE, End, Header, Opened, encode_mark, encode_sum
-from tracker_daemon.journal.segment import Segment
+from tracker_daemon.journal.segment import Segment, mark_applied
 from tracker_daemon.journal.segment_queue import SegmentQueue
 from tracker_daemon.journal.windows import Damage, Window, open_name, producer_of, sealed_name
 from tracker_daemon.logs import get_logger
@@ -37,12 +37,43 @@ if TYPE_CHECKING:
 
 _LEAST: Final = 1 << 20
 _MOST: Final = 16 << 20
+_SHARE_OF_A_FILE: Final = 8
 _COMPACT_FROM: Final = 32 << 20
 _RETRY_AFTER: Final = 1.0
 # What is applied and kept takes at most this share of the quota.
 _RETAINED_SHARE: Final = 4
 _FORKS: Final = "forks"
-OPERATIONS: Final = ("open", "allocate", "quota", "rename", "fsync", "write", "read", "delete", "damage")
+# As in postgres/sql/collect.sql, by the database's clock.
+_COLLECTED_CLOSED: Final = 86_400.0
+_COLLECTED: Final = 30 * 86_400.0
+_CLOCKS_DIFFER: Final = 3_600.0
+OPERATIONS: Final = (
+    "open",
+    "allocate",
+    "quota",
+    "rename",
+    "fsync",
+    "write",
+    "list",
+    "read",
+    "delete",
+    "damage",
+    "ledger",
+)
+
+
+class NotSynced(OSError):  # noqa: N818 - says what is the case
+    """A file could not be brought to the disk."""
+
+
+def operation_of(error: BaseException) -> str:
+    """Return what failed, of `OPERATIONS`, where what stands in the journal cannot be applied."""
+    cause = error.__cause__ if isinstance(error, JournalError) and error.__cause__ is not None else error
+    if isinstance(cause, Damage):
+        return "damage"
+    if isinstance(cause, NotSynced):
+        return "fsync"
+    return "read" if isinstance(cause, OSError) else "ledger"
 
 
 class Journal:
@@ -76,7 +107,7 @@ class Journal:
         self.base, self.sync_interval, self.retain, self.quota = directory, sync_interval, retain, quota
         self.max_batch_size, self.create_missing = max_batch_size, create_missing
         self.producer = uuid4()
-        self.queue = SegmentQueue(self._make)
+        self.queue = SegmentQueue(self._make, self._note_first)
         self.errors: Counter[str] = Counter()
         self.fsync_seconds = Histogram(SECONDS)
         self.degraded = False
@@ -103,7 +134,9 @@ class Journal:
         # The window after the last sealed one, and the sequence of its first batch.
         self._next_window = (1, 1)
         self._last_window_bytes = 0
-        self._failed_at = 0.0
+        self._failed_at = float("-inf")
+        self._may_try_now = False
+        self._anew_from = float("-inf")
         self._told = False
         self._lock: DirectoryLock | None = None
         self._locks: list[DirectoryLock] = []
@@ -158,7 +191,7 @@ class Journal:
                     self._locks.append(lock)
                     self._look(place)
         except OSError as error:
-            self.errors["read"] += 1
+            self.errors["list"] += 1
             self._say("error", "journal_not_adopted", directory=str(self.base / _FORKS), error=str(error))
 
     def look_again(self) -> None:
@@ -201,8 +234,8 @@ class Journal:
 
     @property
     def stores_window(self) -> bool:
-        """Whether all of the open window is in files."""
-        return not self._ended and all(segment.path is not None for segment in self.queue.segments)
+        """Whether the open window is in files; it is so, or in memory, as a whole."""
+        return not self._ended and all(segment.path is not None for segment in self.queue.of_window)
 
     # -- making segments ---------------------------------------------------------------------------
 
@@ -214,7 +247,8 @@ class Journal:
         """Return a new segment; in memory where no file can be had. Called by callers too."""
         wanted = size + HEADER_SIZE
         if anew_as is None:
-            wanted = max(_LEAST, min(_MOST, 2 * self._last_window_bytes), wanted + 4_096)
+            usual = min(_MOST, self.quota // _SHARE_OF_A_FILE, 2 * self._last_window_bytes)
+            wanted = max(_LEAST, usual, wanted + 4_096)
         number = next(self._numbers) if anew_as is None else anew_as
         header = Header(
             self.producer,
@@ -229,15 +263,18 @@ class Journal:
             time.time_ns(),
         )
         if not self._ended and self.may_try:
+            self._may_try_now = False
             try:
                 return self._make_file(header, wanted)
             except (OSError, JournalError, ValueError) as error:
-                self.fail("allocate", error)
+                self.fail("allocate", error, anew=header.anew)
         return Segment(header, wanted, None)
 
     def _note_first(self, segment: Segment) -> None:
-        if segment.header.window == self._next_window[0]:
-            segment.note_first(self._next_window[1])
+        window, first = self._next_window
+        if segment.header.window >= window:
+            # Of a later one the window before it is still open. Killed now, that one has never had a sequence.
+            segment.note_first(first, final=segment.header.window == window)
 
     def _make_file(self, header: Header, size: int) -> Segment:
         if self._lock is None:
@@ -252,18 +289,24 @@ class Journal:
                 )
         path = self.directory / open_name(self.producer, header.number)
         segment = Segment(header, size, path)
-        self._note_first(segment)
         self._sizes[path] = size
         self._names_changed = True
-        if self.degraded:
+        if self.degraded and (not header.anew or self.queue.on_disk):
             self.degraded = self._told = False
             self._say("info", "journal_recovered", directory=str(self.directory))
         return segment
 
-    def fail(self, operation: str, error: BaseException) -> None:
-        """Count an error, tell it once, and go on in memory."""
+    def fail(self, operation: str, error: BaseException, *, anew: bool = False) -> None:
+        """Count an error, tell it once, and go on in memory. *anew*: it befell a window that was written anew."""
         self.errors["quota" if "quota" in str(error) else operation] += 1
-        self._failed_at = time.monotonic()
+        now = time.monotonic()
+        # Another file may well be had; but of a disk where the next one fails as well, once is enough.
+        self._may_try_now = operation == "fsync" and now - self._failed_at >= _RETRY_AFTER
+        self._failed_at = now
+        if anew:
+            self._anew_from = now + _RETRY_AFTER
+            if self.queue.on_disk and operation != "fsync":
+                return  # calls find room all the same
         self.degraded = True
         if not self._told:
             self._told = True
@@ -279,13 +322,18 @@ class Journal:
             if first and self.queue.segments:  # a header to come says it itself
                 self.queue.note(Opened(epoch, database))
 
-    def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
-        """Give the window in *segments* its identity; `None`: it is in memory alone."""
+    def go_on(self, batches: int) -> int:
+        """Let the window that is read now follow one of so many batches; return the sequence of that one's first."""
         first, self.next_first = self.next_first, self.next_first + batches
-        with self.queue.turn:  # a segment of the next window is either there by now, or made with what is noted here
-            self._next_window = (segments[-1].header.window + 1, self.next_first)
+        with self.queue.turn:  # a segment of the next window is either there by now, or told of what is noted here
+            self._next_window = (self.queue.reading, self.next_first)
             for segment in self.queue.segments:
                 self._note_first(segment)
+        return first
+
+    def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
+        """Give the window in *segments* its identity; `None`: it is in memory alone."""
+        first = self.go_on(batches)
         self._last_window_bytes = sum(segment.end for segment in segments)
         kept = all(segment.path is not None for segment in segments)
         if not kept:
@@ -308,6 +356,7 @@ class Journal:
             time.time(),
             calls,
             threads,
+            counted=True,
         )
 
     def _settle_name(self, segment: Segment, name: str) -> None:
@@ -337,8 +386,22 @@ class Journal:
         if not self.trusts(window):
             self.forget(window)
             return
+        self._mark(window.paths)
         self._retained.append(window)
         self.trim()
+
+    def closed(self) -> None:
+        """The ledger was told that this life has ended cleanly: a day later its row may be gone."""
+        if kept := self.retained(self.producer):
+            self._mark(kept[-1].paths, closed=True)
+
+    def _mark(self, paths: list[Path], *, closed: bool = False) -> None:
+        try:
+            for path in paths:
+                mark_applied(path, time.time(), closed=closed)
+        except OSError as error:
+            self.errors["write"] += 1
+            self._say("warning", "journal_mark_failed", path=str(path), error=str(error))
 
     def trusts(self, window: Window) -> bool:
         """Whether no fsync of its files has failed."""
@@ -417,9 +480,21 @@ class Journal:
         for path in {*life.leftover, *self._left.pop(life.producer, ())} - kept:
             self._delete(path)
 
+    def is_done_with(self, life: Life) -> bool:
+        """Whether a life whose row the ledger does not have is one that the ledger has collected, as it does.
+
+        All of it was applied, and the row was due: a day after a clean end, a month after the last sign of life.
+        Sooner, or with something not known to be applied, the row's absence is not explained.
+
+        Raises:
+            Damage, OSError: a window cannot be read.
+        """
+        due = (_COLLECTED_CLOSED if life.closed else _COLLECTED) - _CLOCKS_DIFFER
+        return bool(at := life.applied_at) and time.time() - at >= due
+
     def set_aside(self, error: BaseException) -> None:
         """Something of an earlier life cannot be applied: it stays where it is."""
-        self.errors["damage" if isinstance(error, Damage) else "read"] += 1
+        self.errors[operation_of(error)] += 1
 
     def sync_left(self) -> None:
         """Bring the files of earlier lives to the disk, before any of it is applied. May block.
@@ -448,7 +523,7 @@ class Journal:
         """Raise the error of the first of *paths* that `sync_left` could not bring to the disk."""
         for path in paths:
             if error := self._not_synced.get(path):
-                raise OSError(error.errno, f"its fsync failed: {error.strerror}", str(path))
+                raise NotSynced(error.errno, f"its fsync failed: {error.strerror}", str(path))
 
     # -- the disk ----------------------------------------------------------------------------------
 
@@ -508,8 +583,13 @@ class Journal:
 
     @property
     def may_try(self) -> bool:
-        """Whether a file may be had, or nobody has tried for a while."""
-        return not self.degraded or time.monotonic() - self._failed_at >= _RETRY_AFTER
+        """Whether a file may be had, or nobody has tried since an fsync failed, or for a while."""
+        return not self.degraded or self._may_try_now or time.monotonic() - self._failed_at >= _RETRY_AFTER
+
+    @property
+    def may_write_anew(self) -> bool:
+        """Whether a file may be had for a window as a whole, or nobody has tried for a while."""
+        return self.may_try and time.monotonic() >= self._anew_from
 
     @property
     def untrusted(self) -> list[Segment]:
@@ -546,7 +626,7 @@ class Journal:
                 self._settle_name(segment, sealed_name(self.producer, first, number))
             self._sync_directory(self.directory)
         except OSError as error:
-            self.fail("fsync", error)
+            self.fail("fsync", error, anew=True)
             self._drop([segment])
             return None
         return segment
@@ -555,20 +635,41 @@ class Journal:
         """Delete files whose place another has taken."""
         self._drop(replaced)
 
-    def replace(self, window: Window, anew: Segment, batches: int) -> None:
-        """Let *anew* take the place of the files of a sealed window; it holds *batches* of them, the last ones."""
+    def stored(self, anew: Segment, batches: int, calls: int, threads: int) -> Window:
+        """Return the window that was in memory alone, and is in *anew* now."""
+        assert anew.path is not None
+        window = Window(
+            self.producer,
+            self.lane,
+            anew.first,
+            batches,
+            self.max_batch_size,
+            self.create_missing,
+            [anew.path],
+            time.time(),
+            calls,
+            threads,
+            counted=True,
+        )
+        anew.close()
+        return window
+
+    def replace(self, window: Window, anew: Segment, batches: int, calls: int) -> None:
+        """Let *anew* take the place of the files of a sealed window; it holds *batches* of it, the last ones."""
         assert anew.path is not None
         before, window.paths = window.paths, [anew.path]
-        window.first, window.batches = anew.first, batches
+        window.first, window.batches, window.calls = anew.first, batches, calls
         self._delete_all(before)
         anew.close()
 
     @property
     def wants_rewriting(self) -> bool:
         """Whether the open window has files that are not to be trusted, or many times what its sum would take."""
-        segments = self.queue.segments
+        segments = self.queue.of_window
+        if self.queue.is_cut:
+            return False
         if any(segment in self._bad for segment in segments):
-            return self.may_try
+            return self.may_write_anew
         if not self.stores_window:
             return False
         summed = sum(segment.end for segment in segments if segment.header.anew)

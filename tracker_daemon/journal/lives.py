@@ -3,7 +3,7 @@
 Rules:
 1. What the headers and marks say decides; the names only where they say nothing.
 2. Of a window that was written anew only the newest whole file and what follows it count; the rest is left over.
-3. A window whose first sequence is nowhere noted follows the one before it.
+3. A window whose first sequence is nowhere noted, or only as that of the one before it, follows that one.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Life:
         begun_at: nanoseconds since 1970.
         leftover: files without a content that counts: never on the disk, or replaced by one written anew.
         torn: bytes in those that a loss of power has left without a header.
+        closed: it noted that it had ended cleanly.
     """
 
     producer: UUID
@@ -88,6 +89,19 @@ class Life:
     begun_at: int
     leftover: list[Path] = field(default_factory=list)
     torn: int = 0
+    closed: bool = False
+
+    @property
+    def applied_at(self) -> int:
+        """When the last of its windows was noted as applied, seconds since 1970; 0: there is one that was not.
+
+        One without calls need not be. Reads those that are not.
+
+        Raises:
+            Damage, OSError: see `Window.read`.
+        """
+        noted = [window.applied_at for window in self.windows if window.applied_at or next(window.read(), None)]
+        return max(noted) if noted and all(noted) else 0
 
 
 @dataclass(slots=True)
@@ -112,8 +126,8 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
 
     A file of zeros was only being made, and is passed over.
 
-    A window whose first sequence is nowhere noted follows the one before it; to know how many batches that has it is
-    read.
+    A window whose first sequence is nowhere noted, or only as that of the one before, follows that one; to know how
+    many batches that has it is read.
 
     Raises:
         Damage: a file has no readable header.
@@ -130,6 +144,7 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
             continue
         try:
             header = file.header
+            life.closed |= file.closed
             life.lane, life.begun_at = header.lane, min(life.begun_at, header.created_at)
             if header.epoch >= life.epoch:
                 life.epoch, life.database = header.epoch, header.database
@@ -191,11 +206,10 @@ def _marks(file: Written) -> Iterator[Opened]:
 def _window(life: Life, files: list[_Found]) -> Window:
     end = next((found.end for found in reversed(files) if found.end is not None and found.end.batches), None)
     first = next((found.first for found in files if found.first), 0) or (end.first if end else 0)
-    if not first:
-        first = 1
-        if life.windows:
-            before = life.windows[-1]
-            first = before.first + batches_of(before)
+    before = life.windows[-1] if life.windows else None
+    if before is not None and first <= before.first:  # not known, or as it is if the one before was never sealed
+        first = before.first + batches_of(before)
+    first = first or 1
     header = files[0].file.header
     return Window(
         life.producer,
@@ -207,6 +221,7 @@ def _window(life: Life, files: list[_Found]) -> Window:
         [found.path for found in files],
         max(found.path.stat().st_mtime for found in files),
         calls=end.calls if end else 0,
+        applied_at=min(found.file.applied_at for found in files),
     )
 
 

@@ -86,6 +86,8 @@ class Window:
         paths: its files in order.
         at: when it was last written, seconds since 1970.
         calls, threads: what it holds, where that is known.
+        counted: `calls` is what must be read: this process has sealed it.
+        applied_at: when an earlier life noted that all of it is applied, seconds since 1970; 0: it did not.
     """
 
     producer: UUID
@@ -98,6 +100,8 @@ class Window:
     at: float
     calls: int = 0
     threads: int = 0
+    counted: bool = False
+    applied_at: int = 0
     torn: int = field(default=0, compare=False)
     """Bytes that were passed over when it was read."""
 
@@ -130,7 +134,20 @@ class Window:
         generation = Generation(create_missing=self.create_missing)
         for item in self.read():
             take(generation, item)
+        self.check(generation)
         return generation
+
+    def check(self, generation: Generation) -> None:
+        """See whether what was read is all that this process sealed there.
+
+        Of an earlier life's window a loss of power may have taken a part that nothing tells of.
+
+        Raises:
+            Damage: it is not.
+        """
+        if self.counted and generation.calls != self.calls:
+            fault = f"{generation.calls} calls where {self.calls} were sealed"
+            raise Damage(self.paths[-1], HEADER_SIZE, fault)
 
     def of(self, thread_id: str) -> list[ThreadDelta]:
         """Return what it holds of one thread, in order. Reads the files; nothing where they are gone."""

@@ -43,22 +43,22 @@ class ManySink(PostgresSink):
         """
         await self._register(batches)
         answers: dict[int, Applied | TrackerError] = {}
-        left = dict(enumerate(batches))
-        if len(left) > 1 and self._create_missing:
-            while left:
-                moved = await self._together(list(left.values()))
-                if moved is None:
-                    break  # bad data among them
-                stayed = {number: batch for number, batch in left.items() if (batch.producer, batch.lane) not in moved}
-                if not stayed:
-                    answers |= {number: Applied(rows=len(batch.deltas)) for number, batch in left.items()}
-                    left = {}
-                for number, batch in stayed.items():
-                    # Found done, or refused: its ledger says which, and nothing of it is written here.
-                    answers[number] = await self._alone(batch)
-                    del left[number]
-        for number, batch in left.items():
-            answers[number] = await self._alone(batch)
+        joined = {number: batch for number, batch in enumerate(batches) if batch.create_missing}
+        while len(joined) > 1:
+            moved = await self._together(list(joined.values()))
+            if moved is None:
+                break  # bad data among them
+            stayed = {number: batch for number, batch in joined.items() if (batch.producer, batch.lane) not in moved}
+            if not stayed:
+                answers |= {number: Applied(rows=len(batch.deltas)) for number, batch in joined.items()}
+                break
+            for number, batch in stayed.items():
+                # Found done, or refused: its ledger says which, and nothing of it is written here.
+                answers[number] = await self._alone(batch)
+                del joined[number]
+        for number, batch in enumerate(batches):
+            if number not in answers:
+                answers[number] = await self._alone(batch)
         return [answers[number] for number in range(len(batches))]
 
     async def mark_closed(self, producer: UUID, lane: int, last: Opened) -> None:

@@ -24,7 +24,6 @@ from tracker_daemon.errors import Fenced, TrackerError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.many import summed
 from tracker_daemon.postgres.sink import PostgresSink
-from tracker_daemon.postgres.statements import Statements
 from tracker_daemon.sink import DeadLetter, LedgerMissing
 
 if TYPE_CHECKING:
@@ -68,14 +67,12 @@ class Logged:
     Attributes:
         position: its place in the log.
         batch: what it says; `None`: it cannot be read.
-        create_missing: whether a turn may create its row.
         unreadable: why it cannot be read.
         body: the bytes that cannot be read.
     """
 
     position: int
     batch: Batch | None
-    create_missing: bool = True
     unreadable: str = ""
     body: bytes = b""
 
@@ -116,7 +113,6 @@ class PartitionSink(PostgresSink):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._moving: tuple[Place, Logged] | None = None
-        self._lone_statements: Statements | None = None
 
     async def look(self, place: Place) -> None:
         """Set *place* to where the partition stands.
@@ -172,8 +168,8 @@ class PartitionSink(PostgresSink):
         known = await self._move(session, place, messages)
         outcome, groups = _sorted_out(messages, known)
         await self._advance_producers(session, place, known)
-        for create_missing, deltas in groups:
-            sent, merged = await self._merge(session, deltas, create_missing=create_missing)
+        for batch, deltas in groups:
+            sent, merged = await self._merge(session, batch, deltas)
             outcome.rows += merged
             outcome.skipped += len(deltas) - sent
         for message in messages:
@@ -214,20 +210,12 @@ class PartitionSink(PostgresSink):
                 {"lane": place.lane, "producers": list(known), "sequences": list(known.values())},
             )
 
-    async def _merge(self, session: Session, deltas: list[ThreadDelta], *, create_missing: bool) -> tuple[int, int]:
+    async def _merge(self, session: Session, batch: Batch, deltas: list[ThreadDelta]) -> tuple[int, int]:
         cursor = session.cursor()
-        await cursor.execute(self._statements(session, create_missing)["merge_arrays"], encoding.arrays(deltas))
+        await cursor.execute(session.statements.merging("merge_arrays", batch), encoding.arrays(deltas))
         row = await cursor.fetchone()
         assert row is not None  # a SELECT of counts
         return row[1], row[2]
-
-    def _statements(self, session: Session, create_missing: bool) -> Statements:
-        if create_missing:
-            return session.statements
-        if self._lone_statements is None:
-            found = session.statements
-            self._lone_statements = Statements(found.schema, found.table, create_missing=False)
-        return self._lone_statements
 
     async def _keep_unreadable(self, session: Session, place: Place, message: Logged) -> None:
         value = {"unreadable": b64encode(message.body).decode()}
@@ -290,13 +278,6 @@ class PartitionSink(PostgresSink):
         await self._advance_producers(session, place, {batch.producer: batch.sequence})
         return True
 
-    async def _merge_under_savepoint(self, session: Session, deltas: list[ThreadDelta]) -> tuple[int, int]:
-        assert self._moving is not None
-        await session.connection.execute("SAVEPOINT part")
-        counts = await self._merge(session, deltas, create_missing=self._moving[1].create_missing)
-        await session.connection.execute("RELEASE SAVEPOINT part")
-        return counts
-
     async def _rolled_back(self, session: Session) -> bool:
         with suppress(Exception), session.deadline(self._timeout):  # lost: the first error says it
             await session.connection.rollback()
@@ -305,10 +286,13 @@ class PartitionSink(PostgresSink):
 
 def _sorted_out(
     messages: Sequence[Logged], known: dict[UUID, int]
-) -> tuple[Outcome, list[tuple[bool, list[ThreadDelta]]]]:
-    """Tell new batches from repeats, raise *known* to them, and return their deltas in groups that go together."""
+) -> tuple[Outcome, list[tuple[Batch, list[ThreadDelta]]]]:
+    """Tell new batches from repeats, raise *known* to them, and return their deltas in groups that go together.
+
+    With each group comes a batch of it: all of them are alike in what they want with missing rows.
+    """
     outcome = Outcome()
-    groups: list[tuple[bool, list[Batch]]] = []
+    groups: list[list[Batch]] = []
     for message in messages:
         batch = message.batch
         if batch is None:
@@ -318,8 +302,8 @@ def _sorted_out(
         else:
             known[batch.producer] = batch.sequence
             outcome.new.append(batch)
-            if groups and groups[-1][0] and message.create_missing:
-                groups[-1][1].append(batch)
+            if groups and groups[-1][0].create_missing and batch.create_missing:
+                groups[-1].append(batch)
             else:
-                groups.append((message.create_missing, [batch]))
-    return outcome, [(create_missing, summed(batches)) for create_missing, batches in groups]
+                groups.append([batch])
+    return outcome, [(batches[0], summed(batches)) for batches in groups]

@@ -53,7 +53,6 @@ class PostgresSink:
     Args:
         connector: makes connections.
         table: schema (or `None`: the search path's) and name.
-        create_missing: whether a delta without an `ensure` may create its row.
         statement_timeout: seconds for one flush. It doubles with each flush that fails by it, up to 10 minutes: a batch
             keeps its identity, so it cannot be made smaller for a server that has become slow.
         copy_from: deltas from which on a batch goes by COPY.
@@ -64,11 +63,10 @@ class PostgresSink:
         connector: Connector,
         table: tuple[str | None, str],
         *,
-        create_missing: bool = True,
         statement_timeout: float = 30.0,
         copy_from: int = COPY_FROM,
     ) -> None:
-        self._connector, self._table, self._create_missing = connector, table, create_missing
+        self._connector, self._table = connector, table
         self._first_timeout = self._timeout = statement_timeout
         self._copy_from = copy_from
         self._session: Session | None = None
@@ -129,6 +127,16 @@ class PostgresSink:
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
+    async def recall(self, batch: Batch) -> Applied:
+        """See `Recalls.recall`."""
+        session = await self._connected()
+        try:
+            with session.deadline(self._timeout):
+                dead = await dead_letters_of(session, batch)
+        except Exception as error:
+            raise await self._failed(session, error, "asking for dead letters") from error
+        return Applied(rows=0, duplicate=True, dead_letters=dead)
+
     def abort(self) -> None:
         """See `Sink.abort`."""
         session = self._session
@@ -178,7 +186,6 @@ class PostgresSink:
                 self._session = await Session.open(
                     self._connector,
                     self._table,
-                    create_missing=self._create_missing,
                     timeout=self._timeout,
                     within=within,
                 )
@@ -226,7 +233,7 @@ class PostgresSink:
         if session.pooled:
             await self._begin(session)
         # Else a transaction of its own: one round trip, and a peer that vanishes meanwhile leaves no lock behind.
-        await cursor.execute(session.statements["flush_arrays"], parameters)
+        await cursor.execute(session.statements.merging("flush_arrays", batch), parameters)
         row = await cursor.fetchone()
         if session.pooled:
             await session.connection.execute("COMMIT")
@@ -250,7 +257,7 @@ class PostgresSink:
         if not await self._advance(session, batch):
             await connection.rollback()
             return await self._not_moved(session, batch)
-        await cursor.execute(session.statements["merge_stage"], rows.parameters())
+        await cursor.execute(session.statements.merging("merge_stage", batch), rows.parameters())
         row = await cursor.fetchone()
         await connection.execute("COMMIT")
         assert row is not None  # a SELECT of counts
@@ -311,8 +318,8 @@ class PostgresSink:
         # In the order of the locks, so that the halves take them in order too.
         deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
         doubts, sent, merged, dead = self._doubts(batch), 0, 0, list[DeadLetter]()
-        if doubts is None or await self._is_worth_halving(session, deltas, doubts):
-            sent, merged, dead = await self._merge_apart(session, deltas, doubts)
+        if doubts is None or await self._is_worth_halving(session, batch, deltas, doubts):
+            sent, merged, dead = await self._merge_apart(session, batch, deltas, doubts)
         if doubts and not merged:
             # Nothing goes through: the table may be at fault. What was set aside now would be everything.
             with session.deadline(self._timeout):
@@ -323,7 +330,9 @@ class PostgresSink:
             await connection.execute("COMMIT")
         return self._applied(batch, sent, merged, tuple(dead))
 
-    async def _is_worth_halving(self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception]) -> bool:
+    async def _is_worth_halving(
+        self, session: Session, batch: Batch, deltas: list[ThreadDelta], doubts: list[Exception]
+    ) -> bool:
         """Say whether one of a few rows goes through alone: a table at fault is not asked about each of them.
 
         Picked at random, so that with more bad rows than good ones a later try finds a good one.
@@ -334,7 +343,7 @@ class PostgresSink:
             merged = 0
             try:
                 with session.deadline(self._timeout):
-                    _, merged = await self._merge_under_savepoint(session, [delta])
+                    _, merged = await self._merge_under_savepoint(session, batch, [delta])
             except Exception as error:
                 if not faults.may_be_of_a_row(error, session.connection, doubts):
                     raise
@@ -346,12 +355,12 @@ class PostgresSink:
         return not doubts
 
     async def _merge_apart(
-        self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception] | None
+        self, session: Session, batch: Batch, deltas: list[ThreadDelta], doubts: list[Exception] | None
     ) -> tuple[int, int, list[DeadLetter]]:
         """Merge what can be; return the rows sent and written, and what stands alone and cannot be."""
         try:
             with session.deadline(self._timeout):
-                sent, merged = await self._merge_under_savepoint(session, deltas)
+                sent, merged = await self._merge_under_savepoint(session, batch, deltas)
         except Exception as error:
             if not faults.may_be_of_a_row(error, session.connection, doubts):
                 raise
@@ -362,15 +371,17 @@ class PostgresSink:
                 state = getattr(error, "sqlstate", None) or ""
                 return 0, 0, [DeadLetter(deltas[0], faults.dead_reason(error), state, text)]
             middle = len(deltas) // 2
-            first = await self._merge_apart(session, deltas[:middle], doubts)
-            second = await self._merge_apart(session, deltas[middle:], doubts)
+            first = await self._merge_apart(session, batch, deltas[:middle], doubts)
+            second = await self._merge_apart(session, batch, deltas[middle:], doubts)
             return first[0] + second[0], first[1] + second[1], first[2] + second[2]
         return sent, merged, []
 
-    async def _merge_under_savepoint(self, session: Session, deltas: list[ThreadDelta]) -> tuple[int, int]:
+    async def _merge_under_savepoint(
+        self, session: Session, batch: Batch, deltas: list[ThreadDelta]
+    ) -> tuple[int, int]:
         connection, cursor = session.connection, session.cursor()
         await connection.execute("SAVEPOINT part")
-        await cursor.execute(session.statements["merge_arrays"], encoding.arrays(deltas))
+        await cursor.execute(session.statements.merging("merge_arrays", batch), encoding.arrays(deltas))
         row = await cursor.fetchone()
         await connection.execute("RELEASE SAVEPOINT part")
         assert row is not None

@@ -13,8 +13,7 @@ import asyncio
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from hashlib import blake2b
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
@@ -24,78 +23,27 @@ from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from tracker_daemon.errors import SchemaError
 from tracker_daemon.sink import SinkFault
+from tracker_daemon.stream.facts import PARTITIONS, facts_of
 from tracker_daemon.stream.messages import stream_of, subject_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable
     from uuid import UUID
 
     from nats.aio.msg import Msg
     from nats.js import JetStreamContext
-    from nats.js.api import StreamInfo
 
     from tracker_daemon.stream.address import Address
+    from tracker_daemon.stream.facts import Facts, Limits
     from tracker_daemon.stream.messages import Message
 
 _CONNECT: Final = 5.0
 _ASK: Final = 5.0
 _READ: Final = 5.0
 _CLOSE: Final = 2.0
-PARTITIONS: Final = "tracker-partitions"
-"""The key under which each partition says how many there are."""
 _FULL: Final = 10077
 _FULL_MESSAGES: Final = 10047
 _NO_MESSAGE: Final = 10037
-DEFAULT_WINDOW: Final = 600.0
-_ID_BYTES: Final = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a stream is made with; a partition each.
-
-    Attributes:
-        replicas: 1, 3 or 5.
-        max_bytes: of a partition; when it is full publishers wait.
-        duplicate_window: seconds in which the servers themselves drop a message that comes again.
-    """
-
-    replicas: int = 3
-    max_bytes: int = 1 << 30
-    duplicate_window: float = DEFAULT_WINDOW
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the servers say of a partition.
-
-    Attributes:
-        partition: its number.
-        partitions: how many it says that there are; 0: it does not say.
-        created: when, as text: a stream that was deleted and made again has another one.
-        first, last: sequences in its log; `first` is `last + 1` when it is empty.
-        bytes: in it.
-        leader: the server that leads; empty without a cluster.
-        peers: the servers that hold it.
-        replicas: how many there should be.
-        current: how many of them follow, the leader among them.
-        duplicate_window: as in `Limits`.
-        faults: what is set so that it would lose or refuse what it should not.
-    """
-
-    partition: int
-    partitions: int
-    created: str
-    first: int
-    last: int
-    bytes: int
-    max_bytes: int
-    leader: str
-    peers: tuple[str, ...]
-    replicas: int
-    current: int
-    duplicate_window: float = 0.0
-    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +173,7 @@ class Broker:
             return None
         except Exception as error:
             raise _fault(error, f"asking for the stream {name}") from error
-        return _facts(partition, info, subject_of(self.address.name, partition, None))
+        return facts_of(partition, info, subject_of(self.address.name, partition, None))
 
     async def partitions(self) -> list[Facts]:
         """Return what there is to know of every partition.
@@ -355,61 +303,6 @@ class Broker:
             asked.done.set_exception(SinkFault("connection", f"the servers answered {status} {words}"))
 
 
-def _facts(partition: int, info: StreamInfo, subject: str) -> Facts:
-    config, state, cluster = info.config, info.state, info.cluster
-    replicas = config.num_replicas or 1
-    followers = [] if cluster is None or cluster.replicas is None else cluster.replicas
-    faults = []
-    if config.discard != DiscardPolicy.NEW:
-        faults.append("discard is not new: when it is full it drops what was acknowledged")
-    if config.storage != StorageType.FILE:
-        faults.append("storage is not file")
-    if not config.max_bytes or config.max_bytes < 0:
-        faults.append("max_bytes is not set: it grows until the disk is full")
-    if config.max_age:
-        faults.append("max_age is set: it drops what was acknowledged")
-    if (config.max_msgs or -1) > 0 or (config.max_msgs_per_subject or -1) > 0:
-        faults.append("a limit on messages is set: it drops what was acknowledged, or refuses what would fit")
-    if not config.allow_direct:
-        faults.append("allow_direct is off: it cannot be read")
-    if config.subjects != [subject]:
-        faults.append(f"its subjects are {config.subjects}, not {subject}")
-    leader = (cluster.leader or "") if cluster is not None else ""
-    metadata = (config.metadata or {}).get(PARTITIONS, "")
-    created = info.created or datetime.fromtimestamp(0, UTC)
-    return Facts(
-        partition=partition,
-        partitions=int(metadata) if metadata.isdigit() else 0,
-        created=created.astimezone(UTC).isoformat(),
-        first=max(1, state.first_seq),
-        last=state.last_seq,
-        bytes=state.bytes,
-        max_bytes=config.max_bytes or -1,
-        leader=leader,
-        peers=tuple(name for name in (leader, *(peer.name for peer in followers)) if name),
-        replicas=replicas,
-        current=1 + sum(bool(peer.current) and not peer.offline for peer in followers),
-        duplicate_window=config.duplicate_window or 0.0,
-        faults=tuple(faults),
-    )
-
-
-def identity(name: str, partitions: list[Facts]) -> int:
-    """Return a number for this stream, as a system identifier is one for a database, and never equal to one.
-
-    The upper half is of the name and the number of partitions, the lower of when they were made. Postgres begins its
-    own with the time, far above 2**48.
-    """
-    made = " ".join(each.created for each in partitions)
-    halves = (blake2b(text.encode(), digest_size=_ID_BYTES).digest() for text in (f"{name}/{len(partitions)}", made))
-    return int.from_bytes(b"".join(halves)) | 1 << (16 * _ID_BYTES - 1)
-
-
-def is_same_but_for_time(one: int, other: int) -> bool:
-    """Say whether two identities are of the same name and number of partitions, whenever they were made."""
-    return one >> 8 * _ID_BYTES == other >> 8 * _ID_BYTES
-
-
 def _decoded_headers(encoded: str) -> dict[str, str]:
     from base64 import b64decode  # noqa: PLC0415
 
@@ -441,8 +334,3 @@ def _fault(error: BaseException, doing: str) -> SinkFault | SchemaError:  # noqa
     if isinstance(error, nats.errors.Error | OSError):
         return SinkFault("connection", text)
     return SinkFault("other", text)
-
-
-def header(headers: Mapping[str, str], name: str) -> str:
-    """Return a header, whatever the case of its name; "" if there is none."""
-    return next((value for key, value in headers.items() if str(key).lower() == name), "")

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import anyio
 
-from tracker_daemon.backlog import Books
+from tracker_daemon.books import Books
 from tracker_daemon.collector import Reading
 from tracker_daemon.errors import SchemaError, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tracker_daemon.postgres.partitions import Outcome, PartitionSink
     from tracker_daemon.sink import FaultKind
     from tracker_daemon.stream.address import Address
-    from tracker_daemon.stream.broker import Facts
+    from tracker_daemon.stream.facts import Facts
 
 _LONG_FREE: Final = 3
 """Looks after which a partition that nobody reads is taken, share or not."""

@@ -78,16 +78,13 @@ def batch_of(sequence: int) -> int:
     return sequence // _MESSAGES
 
 
-def encode(name: str, batch: Batch, partitions: int, *, create_missing: bool) -> list[list[Message]]:
+def encode(name: str, batch: Batch, partitions: int) -> list[list[Message]]:
     """Return the messages of *batch*, a list a partition, in the order in which they are published."""
     dealt: list[list[ThreadDelta]] = [[] for _ in range(partitions)]
     for delta in batch.deltas:
         dealt[partition_of(delta.thread_id, partitions)].append(delta)
     return [
-        [
-            _message(name, batch, partition, number, body, create_missing=create_missing)
-            for number, body in enumerate(_cut(deltas))
-        ]
+        [_message(name, batch, partition, number, body) for number, body in enumerate(_cut(deltas))]
         for partition, deltas in enumerate(dealt)
     ]
 
@@ -123,36 +120,20 @@ def _parts(delta: ThreadDelta) -> Iterator[ThreadDelta]:
         yield part
 
 
-def _message(name: str, batch: Batch, partition: int, number: int, body: bytes, *, create_missing: bool) -> Message:
+def _message(name: str, batch: Batch, partition: int, number: int, body: bytes) -> Message:
     assert number < _MESSAGES
     lane, sequence = lane_of(partition), batch.sequence * _MESSAGES + number
-    identity = wire.batch_headers(Batch(batch.producer, lane, 0, sequence, ()))
+    identity = wire.batch_headers(Batch(batch.producer, lane, 0, sequence, (), batch.create_missing))
     headers = {
         "Nats-Msg-Id": f"{batch.producer}/{lane}/{sequence}",
         "tracker-format": FORMAT,
-        "tracker-create-missing": "1" if create_missing else "0",
         **identity,
     }
     return Message(subject_of(name, partition, batch.producer), headers, body)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A message as it stands in the log of its partition.
-
-    Attributes:
-        position: its place in the log.
-        batch: what it says.
-        create_missing: whether a turn may create its row.
-    """
-
-    position: int
-    batch: Batch
-    create_missing: bool = True
-
-
-def decode(position: int, headers: Mapping[str, str], body: bytes, partition: int) -> Entry:
-    """Return what the message at *position* says.
+def decode(headers: Mapping[str, str], body: bytes, partition: int) -> Batch:
+    """Return the batch that a message of *partition* is.
 
     Raises:
         Newer: by a version that this one does not know.
@@ -164,10 +145,10 @@ def decode(position: int, headers: Mapping[str, str], body: bytes, partition: in
         if format_.isdigit():
             raise Newer(f"the message has the format {format_}, this version knows {FORMAT}")
         raise wire.Malformed("the header Tracker-Format is missing")
-    batch = wire.decode_batch(headers, body)
+    batch = wire.decode_batch(headers, body, create_missing=True)
     if batch.epoch or batch.lane != lane_of(partition) or batch.sequence < 1:
         raise wire.Malformed(f"the identity {batch} does not belong into partition {partition}")
-    return Entry(position, batch, headers.get("tracker-create-missing") != "0")
+    return batch
 
 
 def last_sequence(headers: Mapping[str, str]) -> int:

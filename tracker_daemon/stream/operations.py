@@ -12,12 +12,13 @@ from tracker_daemon.errors import SchemaError
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.leases import Leases
 from tracker_daemon.sink import SinkFault
-from tracker_daemon.stream.broker import DEFAULT_WINDOW, Broker
+from tracker_daemon.stream.broker import Broker
+from tracker_daemon.stream.facts import DEFAULT_WINDOW
 from tracker_daemon.stream.messages import lane_of, stream_of
 
 if TYPE_CHECKING:
     from tracker_daemon.stream.address import Address
-    from tracker_daemon.stream.broker import Facts, Limits
+    from tracker_daemon.stream.facts import Facts, Limits
 
 _PATIENCE = 30.0
 _ELECTION = 5.0

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from tracker_daemon.clock import Clock
     from tracker_daemon.postgres.partitions import Outcome, PartitionSink, Place
-    from tracker_daemon.stream.broker import Broker, Facts, Raw
+    from tracker_daemon.stream.broker import Broker, Raw
+    from tracker_daemon.stream.facts import Facts
 
 _READ_MESSAGES: Final = 1_000
 _READ_BYTES: Final = 4 << 20
@@ -212,7 +213,7 @@ class Partition:
 
     def _decoded(self, raw: Raw) -> Logged:
         try:
-            entry = decode(raw.position, raw.headers, raw.body, self._number)
+            return Logged(raw.position, decode(raw.headers, raw.body, self._number))
         except Newer as newer:
             raise Refused(
                 f"message {raw.position} of partition {self._number}: {newer}. Upgrade the consumers"
@@ -220,7 +221,6 @@ class Partition:
         except wire.Malformed as error:
             get_logger().error("message_unreadable", partition=self._number, position=raw.position, error=str(error))
             return Logged(raw.position, None, unreadable=str(error), body=raw.body)
-        return Logged(raw.position, entry.batch, entry.create_missing)
 
     async def _drop_reads(self) -> None:
         self._buffer.clear()

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 from tracker_daemon.errors import SchemaError
 from tracker_daemon.logs import get_logger
 from tracker_daemon.sink import Applied, LedgerMissing, Opened, SinkFault
-from tracker_daemon.stream.broker import Broker, identity, is_same_but_for_time
+from tracker_daemon.stream.broker import Broker
+from tracker_daemon.stream.facts import identity, is_same_but_for_time
 from tracker_daemon.stream.messages import batch_of, encode, last_sequence
 
 if TYPE_CHECKING:
@@ -49,12 +50,11 @@ class NatsSink:
 
     Args:
         address: the stream.
-        create_missing: whether a delta without an `ensure` may create its row.
         publish_timeout: seconds until a message that is not acknowledged is published again.
     """
 
-    def __init__(self, address: Address, *, create_missing: bool = True, publish_timeout: float = _PUBLISH) -> None:
-        self._address, self._create_missing, self._publish_timeout = address, create_missing, publish_timeout
+    def __init__(self, address: Address, *, publish_timeout: float = _PUBLISH) -> None:
+        self._address, self._publish_timeout = address, publish_timeout
         self._broker: Broker | None = None
         self._partitions = 0
         self._identity = 0
@@ -102,8 +102,8 @@ class NatsSink:
         published = max((batch_of(last_sequence(headers)) for headers in last if headers is not None), default=0)
         # Before a batch goes out the one before it was acknowledged in all its partitions; of itself that is not known.
         stands = max(0, published - 1)
-        if known is not None and known.database == self._identity and not published:
-            stands = known.applied_sequence  # all of it was purged, so all of it is applied
+        if known is not None and known.database == self._identity and published in (0, known.applied_sequence):
+            stands = known.applied_sequence  # what is gone was purged, and with it applied
         elif known is not None and known.database != self._identity:
             get_logger().warning(
                 "stream_made_anew", stream=self._address.name, producer=str(producer), stands_at=stands
@@ -135,7 +135,7 @@ class NatsSink:
         name = batch.producer, batch.sequence
         if self._in_hand != name:
             # Frozen until all of it is acknowledged; what was is taken off.
-            self._left = encode(self._address.name, batch, self._partitions, create_missing=self._create_missing)
+            self._left = encode(self._address.name, batch, self._partitions)
             self._in_hand = name
         results = await asyncio.gather(
             *(self._publish_in_order(broker, number, messages) for number, messages in enumerate(self._left)),

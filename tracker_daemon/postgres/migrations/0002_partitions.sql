@@ -7,7 +7,7 @@ CREATE TABLE IF NOT EXISTS {partitions} (
     partition  smallint NOT NULL,
     created    text,
     owner      uuid,
-    expires_at timestamptz NOT NULL DEFAULT '-infinity',
+    expires_at timestamptz NOT NULL DEFAULT 'epoch',
     PRIMARY KEY (stream, partition)
 ) WITH (fillfactor = 50);
 
