@@ -5,7 +5,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --python-ve
 	--custom-compile-command 'make requirements'
 
 .PHONY: help demo test test-deploy requirements deploy-files dashboard bench soak soak-journal soak-journal-recovery
-.PHONY: soak-daemon lint types fmt cov clean
+.PHONY: soak-daemon soak-stream lint types fmt cov clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,9 @@ soak-journal-recovery: .venv/installed  ## CALLS=5000000 left by a killed proces
 
 soak-daemon: .venv/installed  ## daemon, workers and server killed for SECONDS=60, then: calls missing, doubled
 	$(BIN)/python -m tests.daemon.kills --seconds $(or $(SECONDS),60) $(ARGS)
+
+soak-stream: .venv/installed  ## consumers, brokers, publishers and Postgres killed for SECONDS=60, then: calls missing, doubled
+	$(BIN)/python -m tests.stream.kills --seconds $(or $(SECONDS),60) $(ARGS)
 
 cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m coverage erase

@@ -24,6 +24,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three servers."""
     folder: Path = tmp_path_factory.mktemp("nats")
     with Cluster(folder, sync="2m") as found:
+        make_stream(found.url("first"), 1)  # from here on they have a leader
         yield found
 
 

@@ -245,8 +245,8 @@ class Kills:
         consumer.process.send_signal(signal.SIGCONT)
 
     def _kill_leader(self) -> None:
-        leader = self._leader()
-        if leader is not None:
+        wait_until(lambda: self._leader() is not None, "a leader", 60)
+        if (leader := self._leader()) is not None:
             self.injected["leading broker killed"] += 1
             self._cluster.kill(leader)
             time.sleep(self._random.uniform(0.5, 3.0))
