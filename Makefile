@@ -56,8 +56,8 @@ cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=tracker_daemon --cov-branch --cov-report=term $(ARGS)
 
 requirements: .venv/deploy-tools  ## the image's pins, anew from pyproject.toml
-	$(COMPILE) --extra daemon --output-file deploy/requirements.txt pyproject.toml
-	$(COMPILE) --extra daemon --extra embedded --constraint deploy/requirements.txt \
+	$(COMPILE) --extra daemon --extra nats --output-file deploy/requirements.txt pyproject.toml
+	$(COMPILE) --extra daemon --extra nats --extra embedded --constraint deploy/requirements.txt \
 		--output-file deploy/requirements-embedded.txt pyproject.toml
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 		| $(COMPILE) --output-file deploy/requirements-build.txt -
