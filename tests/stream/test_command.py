@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+import psycopg
 import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.helpers import query, wait_until
+from tests.stream.harness import Consuming
 from tests.stream.test_consumer import publish
 from tests.stream.test_sink import uuid4
 from tracker_daemon import cli
@@ -83,6 +85,29 @@ def test_commands_of_the_runbooks(stream: str, database: str, monkeypatch: pytes
     for command in commands:
         result = run(*shlex.split(os.path.expandvars(command)))
         assert result.exit_code == 0, result.output
+
+
+def test_a_second_signal_ends_a_consumer_at_once(stream: str, database: str) -> None:
+    """A consumer whose transaction waits for a lock ends at the second signal, and its messages stay in the stream."""
+    command = [sys.executable, "-m", "tracker_daemon", "consume", "--database", database, "--stream", stream]
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with psycopg.connect(database) as lock:
+        lock.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
+        publish(stream, uuid4(), 1)
+        process = subprocess.Popen(
+            [*command, "--shutdown-timeout", "600", "--lease", "300"], stderr=subprocess.PIPE, text=True
+        )
+        try:
+            wait_until(lambda: query(database, waiting) != [(0,)], "a transaction that waits")
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.communicate()
+    publish(stream, uuid4(), 1)
+    with Consuming(stream, database):
+        wait_until(lambda: query(database, "SELECT sum(turn_count) FROM conversations") == [(40,)], "all of them")
 
 
 def test_consume(stream: str, database: str) -> None:

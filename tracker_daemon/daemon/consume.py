@@ -132,7 +132,6 @@ class _Consume:
         )
         self._service = ConsumerService(self._consumer, options, registry, plan.shown())
         self._server = None if options is None else make_server(make_pages(self._service), options)
-        self._tasks: anyio.abc.TaskGroup | None = None
 
     def _leases(self, partitions: int, name: UUID) -> Leases:
         plan = self._plan
@@ -152,12 +151,12 @@ class _Consume:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told, number)
-        async with anyio.create_task_group() as self._tasks:
+        async with anyio.create_task_group() as tasks:
             served = anyio.Event()
             if self._server is not None:
-                self._tasks.start_soon(self._serve, served)
-            self._tasks.start_soon(self._service.run)
-            self._tasks.start_soon(self._tell_manager)
+                tasks.start_soon(self._serve, served)
+            tasks.start_soon(self._service.run)
+            tasks.start_soon(self._tell_manager)
             self._log.info(
                 "consuming",
                 stream=self._plan.stream.name,
@@ -169,7 +168,7 @@ class _Consume:
                 self._server.should_exit = True
                 with anyio.move_on_after(LAST_ANSWERS):
                     await served.wait()
-            self._tasks.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
         self._log.info("stopped", messages=self._consumer.messages, deltas=self._consumer.deltas)
         return 0
 
@@ -182,8 +181,7 @@ class _Consume:
         name = signal.Signals(number).name
         if self._service.draining:
             self._log.warning("cut_short", signal=name)
-            assert self._tasks is not None
-            self._tasks.cancel_scope.cancel()
+            self._consumer.hurry()
             return
         self._log.info("stopping", signal=name)
         self._service.draining = True
@@ -192,9 +190,8 @@ class _Consume:
         asyncio.get_running_loop().call_later(self._plan.shutdown_timeout, self._hurry)
 
     def _hurry(self) -> None:
-        if self._tasks is not None:
-            self._log.warning("cut_short", after=self._plan.shutdown_timeout)
-            self._tasks.cancel_scope.cancel()
+        self._log.warning("cut_short", after=self._plan.shutdown_timeout)
+        self._consumer.hurry()
 
     async def _tell_manager(self) -> None:
         while self._service.state != "ready":  # noqa: ASYNC110 - nothing else waits for it

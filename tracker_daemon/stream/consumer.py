@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _LONG_FREE: Final = 3
 """Looks after which a partition that nobody reads is taken, share or not."""
 _TOLD: Final = 10
+_LAST: Final = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +92,7 @@ class Consumer:
         self._stop, self._woken = anyio.Event(), anyio.Event()
         self._rated = Rated(clock)
         self._lost_sight: float | None = None
+        self._hurried = False
         self.partitions: list[PartitionNumbers] = []
         self.members = 0
         self.fault: str | None = "the stream was not reached yet"
@@ -142,13 +144,27 @@ class Consumer:
         for owned in self._owned.values():
             owned.partition.stop()
 
+    def hurry(self) -> None:
+        """End now, whatever runs."""
+        self._hurried = True
+        self.stop()
+        for owned in self._owned.values():
+            owned.partition.abort()
+
     async def _end(self, leases: Leases | None) -> None:
         for owned in self._owned.values():
             owned.partition.stop()
-        if tasks := [owned.task for owned in self._owned.values()]:
-            _, late = await asyncio.wait(tasks, timeout=self._lease)
-            for task in late:
-                task.cancel()
+        if self._owned:
+            await asyncio.wait(
+                [owned.task for owned in self._owned.values()], timeout=0 if self._hurried else self._lease
+            )
+            late = [owned for owned in self._owned.values() if not owned.task.done()]
+            for owned in late:
+                # Severed first: the driver would ask a server that may be deaf to cancel, and wait for that.
+                owned.partition.abort()
+                owned.task.cancel()
+            if late:
+                await asyncio.wait([owned.task for owned in late], timeout=_LAST)
         if leases is not None:
             for number in list(self._owned):
                 try:

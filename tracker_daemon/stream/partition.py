@@ -128,6 +128,10 @@ class Partition:
         """End after the transaction that runs."""
         self._stop.set()
 
+    def abort(self) -> None:
+        """Make what is under way in the database fail now."""
+        self._sink.abort()
+
     async def run(self) -> None:
         """Follow the log; return when told to stop, or when another owner has the partition."""
         tries = 0

@@ -68,8 +68,8 @@ function showJournal({ journal }) {
 
 /** Of a consumer: where each partition stands, in place of a producer's ledger and journal. */
 function showStream({ stream }) {
-  byId("stream-card").hidden = stream === null;
-  byId("producer-cards").hidden = stream !== null;
+  byId("stream-card").hidden = !stream;
+  byId("producer-cards").hidden = Boolean(stream);
   list(byId("stream"), (stream ?? []).map((each) => {
     if (!each.owned) return [`partition ${each.partition}`, "read by another consumer, or by none", "off"];
     const filled = each.max_bytes > 0 ? `, ${size(each.bytes)} of ${size(each.max_bytes)}` : "";
