@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         ("registry", object()),
         ("on_error", "print"),
         ("journal", 7),
+        ("journal", ""),
         ("journal_sync", -1),
         ("journal_retain", "600"),
         ("journal_quota", 1_000),

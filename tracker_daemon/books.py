@@ -43,6 +43,28 @@ class Books:
     """Of `queue_calls`: left to the journal by an end of the process, for the next one to apply."""
 
 
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """What became of the calls that were pending when `close` was called, in calls."""
+
+    applied: int = 0
+    dead_lettered: int = 0
+    journaled: int = 0
+    lost: int = 0
+
+    @classmethod
+    def between(cls, before: Books | None, now: Books) -> DrainReport:
+        """Return what became of calls since *before*; `None`: `close` was never called."""
+        if before is None:
+            return cls()
+        return cls(
+            applied=sum(now.applied.values()) - sum(before.applied.values()),
+            dead_lettered=sum(now.dead_lettered.values()) - sum(before.dead_lettered.values()),
+            journaled=now.journaled,
+            lost=sum(now.lost.values()) - sum(before.lost.values()),
+        )
+
+
 @dataclass(slots=True)
 class Totals:
     """The running totals of one life, by kind of call or by reason.

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from tracker_daemon.clock import Clock
     from tracker_daemon.generation import Record
 
-REJECTED_REASONS: Final = ("invalid", "full", "closed", "share")
-"""The last: a daemon's client has used up its share of what is bounded."""
+REJECTED_REASONS: Final = ("invalid", "full", "closed", "share", "batch")
+"""The last two are a daemon's: a client has used up its share of what is bounded; a batch, which its sender keeps and
+brings again, had no room."""
 _KNOWN_AGENTS: Final = 1_024
 
 
@@ -181,6 +182,11 @@ class FrontDoor:
             self._refusals.add("invalid")
             raise
         return self._enter(record)
+
+    # Python's own TypeError for an argument that is missing or misspelt names the function by this.
+    for _call in (ensure_conversation, record_turn, resolve):
+        _call.__qualname__ = f"Tracker.{_call.__name__}"
+    del _call
 
     def _enter(self, record: Record) -> bool:
         """Append a validated call, unless closed or full; see to it that a worker looks at it."""

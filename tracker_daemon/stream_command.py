@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tracker_daemon import serve_command
+from tracker_daemon.options import Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +80,7 @@ def _consume(setting: Setting, one_line: OneLine, database: Check, table: Check)
         setting("--socket-group", help="Of Unix sockets."),
         setting("--table", default="conversations", callback=table, help="The conversations; may be schema.name."),
         setting("--flush-interval", type=float, default=0.25, help="The window in which deltas are summed, seconds."),
-        setting("--max-batch-size", type=int, default=10_000, help="Threads in a transaction."),
+        setting("--max-threads", type=int, default=100_000, help="Distinct threads in a transaction."),
         setting("--stream-retain", type=float, default=600.0, help="Seconds that applied messages stay in the stream."),
         setting("--lease", type=float, default=6.0, help="Seconds after which another takes over from a silent one."),
         setting("--shutdown-timeout", type=float, default=10.0, help="Seconds for the transactions that run."),
@@ -134,9 +135,7 @@ def _stream(  # noqa: C901 - three small commands
     @_where(setting)
     @click.option("--partitions", type=click.IntRange(1, _MOST_PARTITIONS), required=True, help="Cannot change later.")
     @click.option("--replicas", type=click.IntRange(1, 5), default=3, show_default=True, help="Of each partition.")
-    @click.option(
-        "--max-bytes", type=click.IntRange(1 << 20), default=1 << 30, show_default=True, help="Of each partition."
-    )
+    @click.option("--max-bytes", type=Size(1 << 20), default="1GiB", show_default=True, help="Of each partition.")
     @click.option(
         "--duplicate-window",
         type=click.FloatRange(600.0),

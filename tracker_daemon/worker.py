@@ -17,7 +17,6 @@ import threading
 import time
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from math import inf
 from typing import TYPE_CHECKING, Final
@@ -25,8 +24,11 @@ from typing import TYPE_CHECKING, Final
 import anyio
 import anyio.lowlevel
 
+from tracker_daemon.barriers import Barriers
+from tracker_daemon.books import DrainReport
 from tracker_daemon.late_executor import LateExecutor
 from tracker_daemon.logs import get_logger
+from tracker_daemon.mending import Mender
 
 if TYPE_CHECKING:
     import asyncio
@@ -57,24 +59,6 @@ _NEEDED: Final = (
     "importlib.readers",
     "importlib.resources._adapters",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DrainReport:
-    """What became of the calls that were pending when `close` was called, in calls."""
-
-    applied: int = 0
-    dead_lettered: int = 0
-    journaled: int = 0
-    lost: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Barrier:
-    """Somebody waits until the first *target* accepted calls are settled."""
-
-    target: int
-    done: Future[bool]
 
 
 class Worker:
@@ -115,7 +99,7 @@ class Worker:
         self._last_moment = inf
         self._sealed: anyio.Event
         self._at_stop: Books | None = None
-        self._barriers: list[Barrier] = []
+        self._barriers = Barriers(backlog)
         self._woken = self._hurry = self._stopping = False
         self._event: anyio.Event | None = None
         self._flusher: Flusher | None = None
@@ -173,23 +157,19 @@ class Worker:
 
     def barrier(self) -> Future[bool]:
         """Return a future that is done when every call accepted until now is settled: `False` if some are lost."""
-        done: Future[bool] = Future()
         with self._backlog.lock:
-            target = self._backlog.accepted
-            if self._backlog.settled >= target and not self._backlog.recovering:
-                done.set_result(not self._lost)
+            done = self._barriers.add()
+            if done.done():
                 return done
-            self._barriers.append(Barrier(target, done))
             self._hurry = True
         self.wake()
         if self.finished.done():
-            self._release_barriers(everyone=True)
+            self._barriers.release(everyone=True)
         return done
 
     def leave(self, done: Future[bool]) -> None:
         """Forget a barrier's future: nobody waits for it any more."""
-        with self._backlog.lock:
-            self._barriers = [barrier for barrier in self._barriers if barrier.done is not done]
+        self._barriers.leave(done)
 
     def stop(self, timeout: float) -> Future[DrainReport]:
         """Accept no more, drain for at most *timeout* seconds. Again: the earlier of the deadlines holds."""
@@ -198,7 +178,7 @@ class Worker:
             self._last_moment = min(last_moment, self._last_moment)
             if self._at_stop is None:
                 self._at_stop = self._backlog.books()
-            self._stopping = True
+            self._stopping = self._barriers.ending = True
             self._backlog.close()
             self._hurry = True
             unused = bool(self._may_start) and self._backlog.is_empty
@@ -246,7 +226,7 @@ class Worker:
             self._journal.end()
         with suppress(InvalidStateError):  # `give_up` was first
             self.finished.set_result(self._report())
-        self._release_barriers(everyone=True)
+        self._barriers.release(everyone=True)
 
     async def _main(self, flusher: Flusher) -> None:
         import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it
@@ -282,7 +262,7 @@ class Worker:
             backlog.open_gate()
             if self.halted is not None:
                 backlog.close()  # what will never be written is not accepted
-            self._release_barriers(everyone=self.halted is not None)
+            self._barriers.release(everyone=self.halted is not None)
             self._seal_if_due(now, seen_empty)
             if self._journal is not None:
                 self._keep(self._journal, now, tasks)
@@ -331,7 +311,7 @@ class Worker:
             or backlog.window_threads >= backlog.max_batch_size
             or backlog.must_seal
             or self._stopping
-            or any(barrier.target <= backlog.folded for barrier in self._barriers)
+            or self._barriers.are_folded
         ):
             backlog.seal()
             self._sealed.set()
@@ -340,7 +320,7 @@ class Worker:
         """See to the journal: fsync by group, mend what cannot be trusted, let go of what is on the disk."""
         if self._syncing:
             return
-        self._backlog.mend()
+        Mender(self._backlog, journal).mend()
         if journal.sync_interval and now - self._synced_at >= journal.sync_interval and journal.dirty:
             self._syncing = True
             tasks.start_soon(self._sync, journal)
@@ -408,29 +388,5 @@ class Worker:
             await anyio.sleep(_STRAGGLERS)
         return self._backlog.is_empty
 
-    def _release_barriers(self, *, everyone: bool = False) -> None:
-        with self._backlog.lock:
-            done = self._backlog.settled if not self._backlog.recovering else -1
-            reached = [b for b in self._barriers if everyone or done >= b.target]
-            for barrier in reached:
-                self._barriers.remove(barrier)
-        for barrier in reached:
-            barrier.done.set_result(self._backlog.settled >= barrier.target and not self._lost)
-
-    @property
-    def _lost(self) -> bool:
-        if not self._stopping:
-            return False
-        books = self._backlog.books()
-        return bool(books.journaled) or any(books.lost.values())
-
     def _report(self) -> DrainReport:
-        now, before = self._backlog.books(), self._at_stop
-        if before is None:
-            return DrainReport()
-        return DrainReport(
-            applied=sum(now.applied.values()) - sum(before.applied.values()),
-            dead_lettered=sum(now.dead_lettered.values()) - sum(before.dead_lettered.values()),
-            journaled=now.journaled,
-            lost=sum(now.lost.values()) - sum(before.lost.values()),
-        )
+        return DrainReport.between(self._at_stop, self._backlog.books())

@@ -280,8 +280,70 @@ def test_one_order_of_locks(database: str, *, known: bool) -> None:
     assert deadlocks(database) == 0
 
 
+def break_rows(conninfo: str, name: str) -> None:
+    """Make rows of threads like *name* fail in a trigger without RAISE: it may be the table's fault."""
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION broken() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            f" IF NEW.thread_id LIKE '{name}' THEN PERFORM * FROM nowhere; END IF; RETURN NEW; END $$"
+        )
+        connection.execute(
+            "CREATE TRIGGER broken BEFORE INSERT OR UPDATE ON conversations FOR EACH ROW EXECUTE FUNCTION broken()"
+        )
+
+
+def test_a_row_that_may_be_the_tables_fault(database: str) -> None:
+    """A batch whose only row fails so is answered with that, again and again; the others' go through at once."""
+    break_rows(database, "poison%")
+    clients = [UUID(int=number + 1) for number in range(6)]
+
+    async def run() -> None:
+        sink = ManySink(Connector(database), (None, "conversations"))
+        for sequence in range(1, 6):
+            names = ["poison", *(f"good-{number}" for number in range(5))]
+            batches = [
+                Batch(client, 0, 0, 1 if name == "poison" else sequence, (_delta(name, "a", 1, at=1),))
+                for client, name in zip(clients, names, strict=True)
+            ]
+            bad, *good = await sink.apply_many(batches)
+            assert isinstance(bad, SinkFault)
+            assert bad.kind == "schema"
+            assert all(isinstance(answer, Applied) and not answer.duplicate for answer in good), good
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("DROP TRIGGER broken ON conversations")
+        assert all(isinstance(answer, Applied) for answer in await sink.apply_many(batches))
+        await sink.disconnect()
+
+    asyncio.run(run())
+    assert totals(database).turns == 5 * 5 + 1
+
+
+def test_a_table_at_fault(database: str) -> None:
+    """Where every row fails, few batches are tried and all are answered with the fault; nothing is set aside."""
+    break_rows(database, "%")
+    batches = [Batch(UUID(int=n + 1), 0, 0, 1, (_delta(f"t{n}", "a", 1, at=1),)) for n in range(20)]
+
+    async def run() -> None:
+        sink, tried = ManySink(Connector(database), (None, "conversations")), list[Batch]()
+        real = sink.apply
+
+        async def counted(batch: Batch) -> Applied:
+            tried.append(batch)
+            return await real(batch)
+
+        sink.apply = counted  # type: ignore[method-assign]
+        for tries in range(1, 6):
+            answers = await sink.apply_many(batches)
+            assert all(isinstance(answer, SinkFault) and answer.kind == "schema" for answer in answers)
+            assert len(tried) == 3 * tries
+        await sink.disconnect()
+
+    asyncio.run(run())
+    assert query(database, "SELECT count(*) FROM tracker_dead_letters") == [(0,)]
+
+
 def test_client_collected_in_between(database: str) -> None:
-    """A client without lives whose row was collected is registered again a day later; sooner, its loss is told."""
+    """A client without lives whose row was collected is registered again a day later; sooner, its loss is told, once."""
     client = UUID(int=9)
 
     def batch(sequence: int) -> Batch:
@@ -294,8 +356,11 @@ def test_client_collected_in_between(database: str) -> None:
             connection.execute("DELETE FROM tracker_ledger")
         [answer] = await sink.apply_many([batch(2)])
         assert isinstance(answer, LedgerMissing)
-        sink._registered = {key: at - 90_000 for key, at in sink._registered.items()}
         assert await sink.apply_many([batch(2)]) == [Applied(rows=1)]
+        with psycopg.connect(database) as connection:
+            connection.execute("DELETE FROM tracker_ledger")
+        sink._registered = {key: at - 90_000 for key, at in sink._registered.items()}
+        assert await sink.apply_many([batch(3)]) == [Applied(rows=1)]
         await sink.disconnect()
 
     asyncio.run(run())

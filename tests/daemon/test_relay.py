@@ -262,7 +262,7 @@ async def test_dead_letters_count_by_kind(registry: CollectorRegistry) -> None:
 
 
 async def test_one_clients_batches_leave_room_for_another(registry: CollectorRegistry) -> None:
-    """Who has as much waiting as stays free is told 429, another is served; what is refused is counted by its reason."""
+    """Who has as much waiting as stays free is told 429, another is served; what is refused is counted."""
     sink = FakeSink(None)
     relay = Relay(sink, SystemClock(), window=0, max_batch_size=1, max_waiting=4)  # type: ignore[arg-type]
     collector_of(registry).add(relay)
@@ -281,7 +281,7 @@ async def test_one_clients_batches_leave_room_for_another(registry: CollectorReg
                 tasks.start_soon(ask)
                 await anyio.wait_all_tasks_blocked()
             assert refused == [429, 429]
-            assert registry.get_sample_value("tracker_calls_rejected_total", {"reason": "share"}) == 2
+            assert registry.get_sample_value("tracker_calls_rejected_total", {"reason": "batch"}) == 2
             assert total(registry, "tracker_queue_depth") == 4
             sink.gone.set()
             tasks.cancel_scope.cancel()

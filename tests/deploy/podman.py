@@ -28,7 +28,7 @@ from tests.deploy.tools import promtool
 from tests.helpers import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 IMAGES: Final = Path(__file__).parent / "images"
 PYTHON: Final = "docker.io/library/python:3.13-slim"
@@ -38,6 +38,11 @@ DAEMON: Final = "docker.io/library/tracker-daemon:0.1.0"
 
 _PROGRAMS: Final = ("podman", "buildah", "runc", "catatonit", "iptables")
 _AUTHORITIES: Final = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    """Return once *condition* holds; fail after two minutes: containers start slowly on a busy machine."""
+    wait_until(condition, what, 120)
 
 
 class Podman:
@@ -203,7 +208,7 @@ network_config_dir = "{self.folder}/networks"
             stderr=subprocess.DEVNULL,
         ) as process:
             try:
-                wait_until(socket.exists, "podman's socket")
+                eventually(socket.exists, "podman's socket")
                 yield f"unix://{socket}"
             finally:
                 process.terminate()

@@ -18,6 +18,7 @@ from tests.faults.harness import PATIENCE, Errors, tracking
 from tests.faults.proxy import Cut, FaultProxy
 from tracker_daemon.batch import Batch
 from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.postgres.apart import Apart
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
 from tracker_daemon.sink import Applied, SinkFault
@@ -82,11 +83,11 @@ class Life:
     """One producer and its sink: sends batches by hand, so that each try is one call.
 
     Attributes:
-        did: merges under a savepoint, in all.
+        did: merges under a savepoint, and statements by which rows went one by one in the server.
     """
 
-    def __init__(self, conninfo: str, **options: Any) -> None:
-        self.sink = PostgresSink(Connector(conninfo), (None, "conversations"), **options)
+    def __init__(self, conninfo: str, table: tuple[str | None, str] = (None, "conversations"), **options: Any) -> None:
+        self.sink = PostgresSink(Connector(conninfo), table, **options)
         self.runner = asyncio.Runner()
         self.producer = uuid4()
         self.opened = self.runner.run(self.sink.open(self.producer, 0))
@@ -130,8 +131,16 @@ class Life:
 def life(conninfo: str, **options: Any) -> Iterator[Life]:
     """Make a life, and end it."""
     made = Life(conninfo, **options)
+    one_by_one = Apart._one_by_one
+
+    async def counted(self: Apart, part: list[ThreadDelta]) -> Any:
+        made.did["in server"] += 1
+        return await one_by_one(self, part)
+
     try:
-        yield made
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Apart, "_one_by_one", counted)
+            yield made
     finally:
         made.runner.run(made.sink.aclose(made.producer, 0, clean=False))
         made.runner.close()

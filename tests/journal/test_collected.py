@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -12,20 +13,22 @@ import pytest
 
 from tests.faults.harness import PATIENCE
 from tests.helpers import Trackers, query, wait_until
-from tests.journal.forgetful import told
+from tests.journal.forgetful import ForgetfulSink, told
 from tests.journal.rig import Calls, Rig, recovered, small_files
 from tests.model.manual_clock import ManualClock, run
 from tracker_daemon import MemorySink, Tracker
+from tracker_daemon.applier import SIGN_OF_LIFE
 from tracker_daemon.clock import SystemClock
-from tracker_daemon.flusher import SIGN_OF_LIFE
 from tracker_daemon.journal import journal as journal_module
-from tracker_daemon.sink import LedgerMissing, Opened, SinkFault
+from tracker_daemon.sink import Applied, LedgerMissing, Opened, SinkFault
 
 if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
     import anyio
+
+    from tracker_daemon.batch import Batch
 
 DAY = 86_400.0
 
@@ -124,6 +127,131 @@ def test_a_mark_alone_tells_that_the_life_was_registered(tmp_path: Path, caplog:
     recovered(tmp_path, sink)
     assert Calls.counted(sink.rows) == calls.made
     assert len(told(caplog, "journal_set_aside")) == 1
+
+
+def test_a_life_that_never_reached_the_database(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its files tell of no registration; once it is recovered they do: without its row it is not applied again."""
+    sink, calls = MemorySink(), Calls()
+    rig = Rig(tmp_path, sink)
+    for _ in range(3):
+        rig.call(calls.next("t0"))
+        rig.seal()
+    rig.crash()
+    first = Rig(tmp_path, sink)
+    first.recover()
+    first.crash()
+    assert Calls.counted(sink.rows) == calls.made
+    sink.ledger.clear()
+    recovered(tmp_path, sink)
+    assert Calls.counted(sink.rows) == calls.made
+    assert len(told(caplog, "journal_set_aside")) == 1
+
+
+class Losing(MemorySink):
+    """Loses its ledger right after the first batch."""
+
+    async def apply(self, batch: Batch) -> Applied:
+        """See `Sink.apply`."""
+        applied = await super().apply(batch)
+        if len(self.batches) == 1:
+            self.ledger.clear()
+        return applied
+
+
+def test_a_row_gone_in_the_middle_of_a_recovery(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is the earlier life's affair: that is set aside and told, once; this process goes on, and is not fenced."""
+    sink, calls = Losing(), Calls()
+    rig = Rig(tmp_path, sink)
+    for _ in range(3):
+        rig.call(calls.next("t0"))
+        rig.seal()
+    rig.crash()
+    after = Rig(tmp_path, sink)
+    after.recover()
+    assert told(caplog, "flush_halted") == []
+    assert len(told(caplog, "journal_set_aside")) == 1
+    assert not after.numbers.fenced
+    after.call(calls.next("t1"))
+    after.flush()
+    assert after.flusher.halted is None
+    assert sorted(sink.rows) == ["t0", "t1"]
+    after.crash()
+
+
+# -- what is kept, and counted ---------------------------------------------------------------------
+
+
+def test_kept_from_the_moment_it_is_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage longer than `journal_retain`: what is applied after it is kept for as long as anything else.
+
+    So is what an earlier life left, and what an hour's change of the wall clock finds there.
+    """
+    sink, calls = ForgetfulSink(back_to=1), Calls()
+    rig = Rig(tmp_path, sink, retain=20.0)
+    rig.call(calls.next("t0"))
+    rig.flush()
+    for _ in range(5):
+        rig.call(calls.next("t0"))
+        rig.seal()
+    rig.crash()
+    for path in tmp_path.glob("*.journal"):
+        os.utime(path, (1, 1))
+    real, clock = time.monotonic, [0.0]
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: real() + clock[0])
+    after = Rig(tmp_path, sink, retain=20.0)
+    after.recover()
+    clock[0] = 19.0
+    for _ in range(3):
+        after.call(calls.next("t1"))
+        after.seal()
+    clock[0] = 60.0
+    now = time.time()
+    monkeypatch.setattr(journal_module.time, "time", lambda: now + 3_600)
+    for _ in range(3):
+        run(after.flusher.flush())
+    assert Calls.counted(sink.rows) == calls.made
+    assert len(after.journal.retained(after.journal.producer)) == 3
+    clock[0] = 81.0
+    after.call(calls.next("t1"))
+    after.flush()
+    assert len(after.journal.retained(after.journal.producer)) == 1
+    after.crash()
+
+
+def test_what_an_earlier_life_left_is_kept(tmp_path: Path) -> None:
+    """Written long ago and applied now: all of it is there when the database forgets it."""
+    sink, calls = ForgetfulSink(back_to=1), Calls()
+    rig = Rig(tmp_path, sink)
+    rig.call(calls.next("t0"))
+    rig.flush()
+    for _ in range(5):
+        rig.call(calls.next("t0"))
+        rig.seal()
+    rig.crash()
+    for path in tmp_path.glob("*.journal"):
+        os.utime(path, (1, 1))
+    recovered(tmp_path, sink)
+    assert len(sink.rows) == 1
+    sink.forget()
+    recovered(tmp_path, sink)
+    assert Calls.counted(sink.rows) == calls.made
+
+
+def test_counted_by_the_one_that_applies_it(tmp_path: Path) -> None:
+    """Starts after the one that has recovered what was left count nothing of it, also when it ended in its open window."""
+    sink, calls = MemorySink(), Calls()
+    rig = Rig(tmp_path, sink)
+    for thread_id in ("t0", "t1", "t2", "t3", "t4"):
+        rig.call(calls.next(thread_id))
+    rig.seal()
+    rig.call(calls.next("t0"))
+    rig.crash()
+    counts = []
+    for _ in range(3):
+        after = recovered(tmp_path, sink)
+        books = after.backlog.books()
+        counts.append((sum(books.accepted.values()), sum(books.applied.values()), after.journal.recovered))
+    assert counts == [(6, 6, 6), (0, 0, 0), (0, 0, 0)]
 
 
 def test_on_the_database(

@@ -274,8 +274,8 @@ def test_directory_deleted_while_windows_wait_there(
     for i in range(200):
         assert tracker.record_turn(f"t-{i}", "agent", digits.tokens(f"t-{i}"))
         wait_until(lambda: not tracker._backlog.queue, "an empty queue")
-    wait_until(lambda: len(tracker._backlog._sealed) > 3, "windows in files")
-    spilled = sum(each.calls for each in tracker._backlog._sealed if each.generation is None)
+    wait_until(lambda: len(tracker._backlog.sealed) > 3, "windows in files")
+    spilled = sum(each.calls for each in tracker._backlog.sealed if each.generation is None)
     assert spilled
     delete(journal)
     sink.let_through()
@@ -312,10 +312,10 @@ def test_more_threads_than_fit_in_memory(tmp_path: Path, trackers: Trackers, bou
             held = max(held, resident)
     assert held <= most
     if most < 20_000:
-        stored = [each for each in tracker._backlog._sealed if each.generation is None]
+        stored = [each for each in tracker._backlog.sealed if each.generation is None]
         assert len(stored) >= 10
         # Windows of a size worth a file.
-        assert len(tracker._backlog._sealed) < 20_000 / (most / 8)
+        assert len(tracker._backlog.sealed) < 20_000 / (most / 8)
     assert tracker.stats().pending == 20_000
     assert tracker.pending("t-19999") is not None
     assert tracker.pending("t-5000") is not None

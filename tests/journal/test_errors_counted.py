@@ -13,7 +13,7 @@ from tests.journal.rig import Calls, Rig, small_files
 from tests.model.manual_clock import Driven
 from tracker_daemon import MemorySink
 from tracker_daemon.errors import JournalError
-from tracker_daemon.journal.journal import OPERATIONS, NotSynced, operation_of
+from tracker_daemon.journal.directory import OPERATIONS, NotSynced, operation_of
 from tracker_daemon.journal.windows import Damage, Window
 from tracker_daemon.sink import LedgerMissing
 

@@ -87,7 +87,7 @@ def test_a_spilled_window_that_reads_back_short(tmp_path: Path) -> None:
         rig.call(calls.next(thread_id))
         rig.call(calls.next(thread_id))
         rig.seal()
-    spilled = rig.backlog._sealed[1].stored
+    spilled = rig.backlog.sealed[1].stored
     assert spilled is not None
     [path] = spilled.paths
     data = path.read_bytes()

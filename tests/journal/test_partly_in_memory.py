@@ -105,7 +105,7 @@ class Story:
     @property
     def pending_in_files(self) -> int:
         """How many calls of sealed windows are in files."""
-        return sum(sealed.calls for sealed in self.rig.backlog._sealed if sealed.stored is not None)
+        return sum(sealed.calls for sealed in self.rig.backlog.sealed if sealed.stored is not None)
 
 
 @pytest.mark.parametrize("parts", ["fm", "fmf", "mf", "mfm", "fmfmf"])
@@ -118,7 +118,7 @@ def test_killed(parts: str, sealed: bool, tmp_path: Path, room: Room) -> None:
     if sealed:
         room.some = False
         story.rig.seal()
-        windows = story.rig.backlog._sealed
+        windows = story.rig.backlog.sealed
         assert [sealed.stored is not None for sealed in windows] == [part == "f" for part in parts]
     story.rig.crash()
     assert recovered(tmp_path, sink).told == []
@@ -197,10 +197,8 @@ def test_room_again(parts: str, sealed: bool, tmp_path: Path, room: Room) -> Non
     rig.seal()
     rig.keep()
     assert not rig.journal.degraded
-    assert all(sealed.stored is not None for sealed in rig.backlog._sealed)
-    assert sum(sealed.generation is not None for sealed in rig.backlog._sealed) == 1, (
-        "the oldest alone is in memory too"
-    )
+    assert all(sealed.stored is not None for sealed in rig.backlog.sealed)
+    assert sum(sealed.generation is not None for sealed in rig.backlog.sealed) == 1, "the oldest alone is in memory too"
     rig.crash()
     assert recovered(tmp_path, sink).told == []
     assert Calls.counted(sink.rows) == story.calls.made

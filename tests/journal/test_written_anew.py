@@ -114,11 +114,11 @@ def test_another_file_once(then: str, tmp_path: Path, disk: Disk, monkeypatch: p
     assert rig.journal.may_try
     if then == "fsync":
         disk.fails.append(("fdatasync", ""))
-        rig.backlog.mend()
+        rig.mender.mend()
         assert rig.journal.errors == {"fsync": 2}
     else:
         monkeypatch.setattr(os, "posix_fallocate", no_room)
-        rig.backlog.mend()
+        rig.mender.mend()
         assert rig.journal.errors == {"fsync": 1, "allocate": 1}
     assert rig.journal.degraded
     assert not rig.journal.may_try
@@ -194,7 +194,7 @@ def test_of_a_sealed_window_twice(tmp_path: Path, disk: Disk) -> None:
         segment.path, rig.journal._bad = window.paths[0], [segment]
         rig.keep()
         assert window.first == 1 + sink.ledger[rig.journal.producer, 0].applied_sequence
-        assert window.load().calls == rig.backlog._sealed[0].calls
+        assert window.load().calls == rig.backlog.sealed[0].calls
     rig.crash()
     assert after_loss_of_power(disk, tmp_path / "left", sink) == calls.made
 
@@ -209,7 +209,7 @@ def test_of_a_spilled_window(tmp_path: Path, disk: Disk) -> None:
     for number in range(5):
         rig.call(calls.next(f"t{number}"))
     rig.seal()
-    spilled = rig.backlog._sealed[1]
+    spilled = rig.backlog.sealed[1]
     assert spilled.generation is None
     assert spilled.stored is not None
     fail_fsync(rig, disk, spilled.stored.paths[0].name)
@@ -225,7 +225,7 @@ def test_of_a_spilled_window_that_cannot_be_read(tmp_path: Path, disk: Disk, mon
     for thread_id in ("t0", "t1"):
         rig.call(calls.next(thread_id))
         rig.seal()
-    spilled = rig.backlog._sealed[1].stored
+    spilled = rig.backlog.sealed[1].stored
     assert spilled is not None
     fail_fsync(rig, disk, spilled.paths[0].name)
     with monkeypatch.context() as patch:

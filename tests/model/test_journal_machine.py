@@ -270,7 +270,7 @@ class JournalMachine(RuleBasedStateMachine):
         """Return the calls that are pending in memory alone."""
         backlog, rows = self.rig.backlog, MemorySink()
         deltas = [
-            delta for sealed in backlog._sealed if sealed.stored is None for batch in sealed.batches for delta in batch
+            delta for sealed in backlog.sealed if sealed.stored is None for batch in sealed.batches for delta in batch
         ]
         for segment in self.rig.journal.queue.segments:
             if segment.path is None:

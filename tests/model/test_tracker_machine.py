@@ -256,7 +256,7 @@ class Life:
     @property
     def batches_at_head(self) -> int:
         """How many batches the oldest sealed window has left."""
-        return len(self.backlog._sealed[0].batches)
+        return len(self.backlog.sealed[0].batches)
 
     def _renew(self, producer: UUID) -> None:
         assert producer != self.producer, "an old identity is used"

@@ -51,7 +51,7 @@ def watch(notes: memoryview) -> None:
 
     def watched_seal(self: Backlog) -> None:
         seal(self)
-        notes[Note.SPILLED] += bool(self._sealed) and self._sealed[-1].generation is None
+        notes[Note.SPILLED] += bool(self.sealed) and self.sealed[-1].generation is None
 
     def watched_settle(self: Backlog, batch: Any, applied: Applied) -> Window | None:
         notes[Note.SETTLED] = self.name()[1]

@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 from tests.conftest import run_migrate
 from tests.digits import Digits
@@ -15,6 +16,7 @@ from tests.helpers import query, wait_until
 from tests.stream.conftest import make_stream
 from tests.stream.harness import Consuming
 from tests.stream.test_sink import batch, delete, log_ends, opened_broker, opened_sink, total
+from tracker_daemon.cli import program as command_line
 from tracker_daemon.stream import operations
 from tracker_daemon.stream.address import address
 from tracker_daemon.stream.consumer import share_of
@@ -196,6 +198,8 @@ def test_rubbish_is_set_aside(stream: str, database: str) -> None:
     assert query(database, "SELECT thread_id, delta FROM tracker_dead_letters") == [
         ("(unreadable message)", {"unreadable": "aGVsbG8="})
     ]
+    retried = CliRunner().invoke(command_line, ["dead-letters", "retry", "--all", "--database", database])
+    assert (retried.exit_code, "refused again 1" in retried.output) == (1, True), retried.output
 
 
 def test_a_partitioned_table(stream: str, empty_database: str, trackers: Trackers) -> None:

@@ -26,6 +26,7 @@ from tracker_daemon.daemon import ingest
 from tracker_daemon.daemon.relay import Full
 from tracker_daemon.errors import FlushTimeout, TrackerError
 from tracker_daemon.logs import get_logger
+from tracker_daemon.sink import LedgerMissing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -273,7 +274,7 @@ class _Api(_Pages):
                 raise Answer(400, {"errors": refused.errors}) from None
             if "tracker-producer" in request.headers or "tracker-sequence" in request.headers:
                 batch = self._batch(request, records)
-                applied = await service.relay.apply(batch, _client(request))
+                applied = await self._identified(request, batch)
                 answer = {"accepted": len(records), "duplicate": applied.duplicate}
                 return JSONResponse(answer, 200 if wait else 202)
             # In a thread: it waits while the tracker's worker folds.
@@ -290,6 +291,16 @@ class _Api(_Pages):
             except FlushTimeout:
                 wait = None  # the calls are taken: an answer that asks for them again would count them twice
         return JSONResponse({"accepted": len(records)}, 200 if wait else 202)
+
+    async def _identified(self, request: Request, batch: Batch) -> Applied:
+        try:
+            return await self._service.relay.apply(batch, _client(request))
+        except LedgerMissing:
+            text = (
+                "the database has forgotten this Tracker-Producer (restored, or emptied): whether this request was"
+                " applied before cannot be known. It was not applied now; it is taken if it is sent again"
+            )
+            raise Answer(409, {"error": text}) from None
 
     def _batch(self, request: Request, records: list[Record]) -> Batch:
         producer, sequence = wire.producer(request.headers), wire.sequence(request.headers)

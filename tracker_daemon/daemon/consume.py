@@ -57,7 +57,7 @@ class Plan:
     socket_group: str | None
     table: tuple[str | None, str]
     flush_interval: float
-    max_batch_size: int
+    max_threads: int
     stream_retain: float
     lease: float
     shutdown_timeout: float
@@ -74,8 +74,8 @@ class Plan:
         ):
             if not least <= getattr(self, name) <= most:
                 raise ConfigError(name, f"must be between {least:g} and {most:g} seconds", getattr(self, name))
-        if not 1 <= self.max_batch_size <= 100_000:
-            raise ConfigError("max_batch_size", "must be between 1 and 100000", self.max_batch_size)
+        if not 1 <= self.max_threads <= 100_000:
+            raise ConfigError("max_threads", "must be between 1 and 100000", self.max_threads)
 
     def options(self) -> Options | None:
         """Return where it is shown, or `None`."""
@@ -126,7 +126,7 @@ class _Consume:
             self._leases,
             lambda: PartitionSink(Connector(plan.database), plan.table),
             SystemClock(),
-            Following(window=plan.flush_interval, max_batch_size=plan.max_batch_size, retain=plan.stream_retain),
+            Following(window=plan.flush_interval, max_threads=plan.max_threads, retain=plan.stream_retain),
             lease=plan.lease,
             note=self._note,
         )

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 
+from tracker_daemon.applier import kind_of
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.collector import collector_of
 from tracker_daemon.daemon.history import Error, History, Ledger, Status, StreamPartition, Totals
 from tracker_daemon.daemon.service import shown
-from tracker_daemon.flusher import kind_of
 from tracker_daemon.stream.metrics import StreamCollector
 
 if TYPE_CHECKING:

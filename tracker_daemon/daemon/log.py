@@ -32,6 +32,8 @@ def log_to_stderr(level: str, format_: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel("WARNING")
+    # What is wrong with a request is its sender's to know: any client would write the log at its own rate.
+    logging.getLogger("uvicorn").setLevel("ERROR")
     logging.getLogger("tracker_daemon").setLevel(level.upper())
 
 

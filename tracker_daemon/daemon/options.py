@@ -109,5 +109,10 @@ class Options:
             raise ConfigError(
                 "listen", "is reached from other machines, which needs --token-file", ", ".join(map(str, open_to_all))
             )
+        if not 0.1 <= self.read_timeout <= 3_600:  # and no NaN, which compares with nothing
+            raise ConfigError("read_timeout", "must be between 0.1 and 3600 seconds", self.read_timeout)
+        for number, address in enumerate(self.listen):
+            if address in self.listen[:number]:
+                raise ConfigError("listen", "names an address twice", str(address))
         if not self.listen:
             raise ConfigError("listen", "must name at least one address")

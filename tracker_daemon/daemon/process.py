@@ -205,7 +205,8 @@ class Process:
             self._log.info("listening", addresses=", ".join(map(str, self._service.options.listen)), pid=os.getpid())
             await self._stop.wait()
             status = await self._drain()
-            if status:
+            if status and self._linger:
+                self._log.info("lingering", seconds=self._linger)
                 with anyio.move_on_after(self._linger):
                     await self._hurry.wait()
             self._server.should_exit = True

@@ -4,7 +4,8 @@ Rules:
 1. A batch is answered when its transaction is committed, or refused with the reason; nothing is kept here in between
    but in memory, and whoever sent it keeps it until the answer.
 2. One transaction at a time. What comes meanwhile waits for the next one, which takes it all, up to a bound.
-3. A fault of the database is every sender's answer: each tries again by its own plan.
+3. A fault of the database is every sender's answer, one that may be of a batch's own row that sender's alone: each
+   tries again by its own plan.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Relay:
         """
         self._heard(batch.producer)
         if status := self._admission.admit(client, len(batch.deltas)):
-            self._refusals.add("share" if status == 429 else "full", sum(delta.calls for delta in batch.deltas))
+            self._refusals.add("batch", sum(delta.calls for delta in batch.deltas))
             raise Full(status)
         waiting = _Waiting(batch, client, self._books.take(batch), self._clock.monotonic())
         self._queue.append(waiting)
@@ -202,9 +203,10 @@ class Relay:
                 answers = [fault] * len(taken)
             else:
                 self._count(taken, answers, started)
-                self._books.settle(
-                    [(each.hand, each.batch, answer) for each, answer in zip(taken, answers, strict=True)]
-                )
+                found = list(zip(taken, answers, strict=True))
+                again = {waiting for waiting, answer in found if isinstance(answer, SinkFault)}
+                self._books.give_back([waiting.hand for waiting in again])
+                self._books.settle([(each.hand, each.batch, answer) for each, answer in found if each not in again])
             for waiting, answer in zip(taken, answers, strict=True):
                 self._queue.remove(waiting)
                 self._admission.release(waiting.client, len(waiting.batch.deltas))
@@ -227,6 +229,9 @@ class Relay:
         numbers, now = self.numbers, self._clock.monotonic()
         rows = 0
         for waiting, answer in zip(taken, answers, strict=True):
+            if isinstance(answer, SinkFault):
+                self._failed(answer, 1)
+                continue
             if not isinstance(answer, Applied):
                 numbers.regressions += isinstance(answer, LedgerRegressed)
                 numbers.flushes["error"] += 1

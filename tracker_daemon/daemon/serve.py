@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from tracker_daemon.daemon.relay import Relay
 from tracker_daemon.daemon.service import Service
 from tracker_daemon.embedded import EmbeddedPostgres
 from tracker_daemon.errors import ConfigError
+from tracker_daemon.logs import get_logger
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.many import ManySink
 from tracker_daemon.postgres.schema import migrate
@@ -141,6 +144,29 @@ class Plan:
         return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
 
 
+def check(plan: Plan) -> None:
+    """Look at what *plan* would use on this machine, as far as that changes nothing.
+
+    Raises:
+        ConfigError: a start would fail by it.
+    """
+    for address in plan.listen:
+        if address.path is not None:
+            if address.path.exists() and not address.path.is_socket():
+                raise ConfigError("listen", "is there already, and is no socket", str(address))
+            _check_directory("listen", address.path.parent)
+    if plan.journal is not None:
+        _check_directory("journal", plan.journal)
+
+
+def _check_directory(setting: str, directory: Path) -> None:
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(setting, f"cannot be had: {there} is no directory", str(directory))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(setting, f"cannot be had: {there} may not be written", str(directory))
+
+
 def run(plan: Plan) -> int:
     """Serve until told to end; return the exit status.
 
@@ -148,6 +174,7 @@ def run(plan: Plan) -> int:
         ConfigError, JournalError, EmbeddedPostgresError: it cannot start.
     """
     log_to_stderr(plan.level(), plan.log_format)
+    _until_it_serves()
     with ExitStack() as stack:
         database = plan.database
         if (directory := database.removeprefix("embedded:")) != database:
@@ -162,6 +189,18 @@ def run(plan: Plan) -> int:
                 stack.enter_context(removed_at_end(address.path))
         _allow_files(plan.max_connections)
         return anyio.run(_serve, plan, options, database, sockets)
+
+
+def _until_it_serves() -> None:
+    """Before it serves, a signal to end does so, cleanly; one to read settings again finds them read just now."""
+
+    def end(number: int, _: object) -> None:
+        get_logger().info("stopping", signal=signal.Signals(number).name)
+        raise SystemExit(0)  # nothing was accepted yet
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _allow_files(connections: int) -> None:

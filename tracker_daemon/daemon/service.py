@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 
+from tracker_daemon.applier import kind_of
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.collector import TrackerCollector, collector_of
 from tracker_daemon.daemon.admission import Admission, Shares
 from tracker_daemon.daemon.history import Error, History, Journal, Ledger, Status, Totals
 from tracker_daemon.daemon.refused import RefusedRequests
 from tracker_daemon.errors import TrackerError
-from tracker_daemon.flusher import kind_of
 from tracker_daemon.logs import get_logger
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from prometheus_client.registry import CollectorRegistry
 
+    from tracker_daemon.books import DrainReport
     from tracker_daemon.daemon.bearer import Token
     from tracker_daemon.daemon.options import Options
     from tracker_daemon.daemon.relay import Relay
     from tracker_daemon.tracker import Tracker
-    from tracker_daemon.worker import DrainReport
 
 State = Literal["ready", "not_ready", "draining"]
 _SAMPLE: Final = 1.0

@@ -24,7 +24,7 @@ from tracker_daemon.journal.records import (
     encode_mark,
     payload_at,
 )
-from tracker_daemon.journal.windows import SEALED, Window, written
+from tracker_daemon.journal.windows import OPEN, SEALED, Damage, Window, written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -130,16 +130,18 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
     many batches that has it is read.
 
     Raises:
-        Damage: a file has no readable header.
+        Damage: a file has no readable header, or another's name.
         OSError: a file cannot be read.
     """
     by_window: dict[int, list[_Found]] = {}
+    blank: list[Path] = []
     life = Life(producer, 0, 0, 0, [], 2**63)
     for path in sorted(paths):
         try:
             file = written(path, copy=copy)
         except Blank:
             life.leftover.append(path)
+            blank.append(path)
             life.torn += len(path.read_bytes().rstrip(b"\0"))
             continue
         try:
@@ -167,12 +169,48 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
             by_window.setdefault(header.window, []).append(found)
         finally:
             file.close()
+    everything = [found for files in by_window.values() for found in files]
+    _check_names(producer, everything)
+    _check_blank(blank, everything)
     for number in sorted(by_window):
         found_files = sorted(by_window[number], key=lambda found: found.order)
         counting = _counting(found_files)
         life.leftover += [found.path for found in found_files if found not in counting]
         life.windows.append(_window(life, counting))
     return life
+
+
+def _check_names(producer: UUID, files: list[_Found]) -> None:
+    """See that each file bears the name that it was given, and is there once.
+
+    Raises:
+        Damage: one does not: somebody has copied or renamed it, and it would count twice.
+    """
+    numbers: dict[int, Path] = {}
+    for found in files:
+        header, named = found.file.header, OPEN.fullmatch(found.path.name)
+        # A sequence in the header that was never on the disk may be an older one.
+        sequence = found.file.first if found.file.synced_at else 0
+        if header.producer != producer or (named and int(named[2]) != found.number):
+            raise Damage(found.path, 0, f"it is file {found.number} of {header.producer}, under another's name")
+        if found.part is not None and sequence and sequence != found.first:
+            raise Damage(found.path, 0, f"it begins with sequence {sequence}, under another's name")
+        if (other := numbers.setdefault(found.number, found.path)) != found.path:
+            raise Damage(found.path, 0, f"it is the same file as {other.name}")
+
+
+def _check_blank(paths: list[Path], files: list[_Found]) -> None:
+    """See that what has no header was never on the disk: files go there in order.
+
+    Raises:
+        Damage: a later one of the life is there.
+    """
+    synced = max((found.first for found in files if found.file.synced_at), default=0)
+    anew = {found.first for found in files if found.whole}
+    for path in paths:
+        sealed = SEALED.fullmatch(path.name)
+        if sealed and int(sealed[2]) < synced and int(sealed[2]) not in anew:
+            raise Damage(path, 0, "no header, where there was one: a later file was on the disk")
 
 
 def _counting(files: list[_Found]) -> list[_Found]:
@@ -219,7 +257,6 @@ def _window(life: Life, files: list[_Found]) -> Window:
         header.max_batch_size,
         header.create_missing,
         [found.path for found in files],
-        max(found.path.stat().st_mtime for found in files),
         calls=end.calls if end else 0,
         applied_at=min(found.file.applied_at for found in files),
     )

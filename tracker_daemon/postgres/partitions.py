@@ -23,7 +23,7 @@ from psycopg.types.json import Jsonb
 from tracker_daemon.errors import Fenced, TrackerError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.many import summed
-from tracker_daemon.postgres.sink import PostgresSink
+from tracker_daemon.postgres.sink import PostgresSink, identity_of
 from tracker_daemon.sink import DeadLetter, LedgerMissing
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class PartitionSink(PostgresSink):
             if fault.kind in faults.IN_DOUBT and not session.connection.broken and message.batch is not None:
                 self._count_doubt(message.batch)
             raise fault from error
-        self._in_doubt.clear()
+        self._in_doubt.pop(identity_of(batch), None)
         place.position = message.position
         return Outcome([batch], rows=applied.rows, skipped=applied.skipped, letters=list(applied.dead_letters))
 

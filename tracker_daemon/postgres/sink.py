@@ -6,8 +6,8 @@ Rules:
    COPY. Both run the same merge.
 3. After an exception that leaves the outcome unknown the connection is dropped; the ledger tells when the batch
    comes again.
-4. Data that the database refuses is looked for by halving, each half under a savepoint, all in one transaction: what
-   stands alone is set aside as a dead letter, the rest commits with it.
+4. Data that the database refuses is looked for by halving (`apart`), each half under a savepoint, all in one
+   transaction: what stands alone is set aside as a dead letter, the rest commits with it.
 5. An error that may be about the table as well (`faults.IN_DOUBT`) is looked for in the same way, but only once the
    same batch has failed by such a one three times, and sets nothing aside unless another row of the batch goes through.
    Else the batch is held, and fails as before. So it is, until that is mended, with a batch whose only row fails so:
@@ -27,6 +27,7 @@ import anyio.lowlevel
 from tracker_daemon.batch import Batch
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
+from tracker_daemon.postgres.apart import Apart
 from tracker_daemon.postgres.dead_letters import bury, dead_letters_of
 from tracker_daemon.postgres.session import Session
 from tracker_daemon.sink import Applied, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
@@ -45,6 +46,7 @@ _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _TRIES_IN_DOUBT: Final = 3
 _PROBES: Final = 16
+_MOST_IN_DOUBT: Final = 10_000
 
 
 class PostgresSink:
@@ -72,7 +74,7 @@ class PostgresSink:
         self._session: Session | None = None
         self._last: dict[tuple[UUID, int], Opened] = {}
         self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
-        """How often the batch in hand failed on a sound connection by what may be about the table or about a row."""
+        """How often each batch failed on a sound connection by what may be about the table or about a row."""
         self._random = Random()  # noqa: S311 - which rows are tried first
 
     # -- the port ----------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ class PostgresSink:
                 self._count_doubt(batch)
             raise fault from error
         self._timeout = self._first_timeout
-        self._in_doubt.clear()
+        self._in_doubt.pop(identity_of(batch), None)
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
@@ -300,11 +302,13 @@ class PostgresSink:
     # -- bad data ----------------------------------------------------------------------------------
 
     def _count_doubt(self, batch: Batch) -> None:
-        self._in_doubt[_identity(batch)] += 1
+        self._in_doubt[identity_of(batch)] += 1
+        while len(self._in_doubt) > _MOST_IN_DOUBT:
+            del self._in_doubt[next(iter(self._in_doubt))]
 
     def _doubts(self, batch: Batch) -> list[Exception] | None:
         """Return where errors go that may be about the table as well; `None`: they are not looked into yet."""
-        return [] if self._in_doubt[_identity(batch)] >= _TRIES_IN_DOUBT else None
+        return [] if self._in_doubt[identity_of(batch)] >= _TRIES_IN_DOUBT else None
 
     async def _flush_apart(self, session: Session, batch: Batch) -> Applied:
         connection = session.connection
@@ -317,18 +321,19 @@ class PostgresSink:
                 return await self._not_moved(session, batch)
         # In the order of the locks, so that the halves take them in order too.
         deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
-        doubts, sent, merged, dead = self._doubts(batch), 0, 0, list[DeadLetter]()
+        doubts = self._doubts(batch)
+        apart = Apart(session, batch, self._timeout, doubts, self._merge_under_savepoint)
         if doubts is None or await self._is_worth_halving(session, batch, deltas, doubts):
-            sent, merged, dead = await self._merge_apart(session, batch, deltas, doubts)
-        if doubts and not merged:
+            await apart.run(deltas)
+        if doubts and not apart.merged:
             # Nothing goes through: the table may be at fault. What was set aside now would be everything.
             with session.deadline(self._timeout):
                 await connection.rollback()
             raise doubts[0]
         with session.deadline(self._timeout):
-            await bury(session, batch, dead)
+            await bury(session, batch, apart.dead)
             await connection.execute("COMMIT")
-        return self._applied(batch, sent, merged, tuple(dead))
+        return self._applied(batch, apart.sent, apart.merged, tuple(apart.dead))
 
     async def _is_worth_halving(
         self, session: Session, batch: Batch, deltas: list[ThreadDelta], doubts: list[Exception]
@@ -354,28 +359,6 @@ class PostgresSink:
                 return True
         return not doubts
 
-    async def _merge_apart(
-        self, session: Session, batch: Batch, deltas: list[ThreadDelta], doubts: list[Exception] | None
-    ) -> tuple[int, int, list[DeadLetter]]:
-        """Merge what can be; return the rows sent and written, and what stands alone and cannot be."""
-        try:
-            with session.deadline(self._timeout):
-                sent, merged = await self._merge_under_savepoint(session, batch, deltas)
-        except Exception as error:
-            if not faults.may_be_of_a_row(error, session.connection, doubts):
-                raise
-            with session.deadline(self._timeout):
-                await session.connection.execute("ROLLBACK TO SAVEPOINT part")
-            if len(deltas) == 1:
-                text = " ".join(str(error).split())
-                state = getattr(error, "sqlstate", None) or ""
-                return 0, 0, [DeadLetter(deltas[0], faults.dead_reason(error), state, text)]
-            middle = len(deltas) // 2
-            first = await self._merge_apart(session, batch, deltas[:middle], doubts)
-            second = await self._merge_apart(session, batch, deltas[middle:], doubts)
-            return first[0] + second[0], first[1] + second[1], first[2] + second[2]
-        return sent, merged, []
-
     async def _merge_under_savepoint(
         self, session: Session, batch: Batch, deltas: list[ThreadDelta]
     ) -> tuple[int, int]:
@@ -388,7 +371,8 @@ class PostgresSink:
         return row[1], row[2]
 
 
-def _identity(batch: Batch) -> tuple[UUID, int, int, int]:
+def identity_of(batch: Batch) -> tuple[UUID, int, int, int]:
+    """Return what names *batch*."""
     return batch.producer, batch.lane, batch.epoch, batch.sequence
 
 

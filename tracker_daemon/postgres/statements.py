@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _NOTHING = sql.SQL("")
 _ONE = sql.SQL("1")
 _HERE = "tracker_daemon.postgres"
+_PARAMETER = re.compile(r"%\((\w+)\)s")
+_SLICE = "[tracker_row:tracker_row]"
+_WHOLE = dict.fromkeys(("agent_lists", "resolutions"), "")
 _EXISTING = "_existing"
 
 
@@ -74,21 +78,29 @@ class Statements:
             )
             composed["merge_arrays" + kind] = self._merge("rows_arrays", where=[only])
             composed["merge_stage" + kind] = self._merge("rows_stage", where=[only])
+            composed["one_by_one" + kind] = self._one_by_one(only)
         object.__setattr__(self, "_composed", composed)
 
     def __getitem__(self, name: str) -> sql.Composed:
-        """Return the statement *name*: one of the files, `flush_arrays`, `merge_arrays` or `merge_stage`."""
+        """Return the statement *name*: one of the files, or a form of merge.sql (see `__post_init__`)."""
         composed: dict[str, sql.Composed] = self._composed  # type: ignore[attr-defined]
         if name not in composed:
             composed[name] = self._fill(name)
         return composed[name]
 
     def merging(self, name: str, batch: Batch) -> sql.Composed:
-        """Return `flush_arrays`, `merge_arrays` or `merge_stage` for *batch*: as it wants it with missing rows."""
+        """Return a form of merge.sql for *batch*: as it wants it with missing rows."""
         return self[name if batch.create_missing else name + _EXISTING]
 
     def _fill(self, name: str) -> sql.Composed:
         return sql.SQL(_text(name)).format(**self.names)
+
+    def _one_by_one(self, only: sql.Composable | None) -> sql.Composed:
+        merge = self._merge("rows_arrays", where=[only]).as_string()
+        # A DO has no parameters: of each column the element of the row at hand, of the distinct names all.
+        merge = _PARAMETER.sub(lambda found: f"tracker_{found[1]}{_WHOLE.get(found[1], _SLICE)}", merge)
+        body = sql.SQL(_text("one_by_one")).format(merge=sql.SQL(merge.replace("%%", "%"))).as_string()
+        return sql.SQL("DO {}").format(sql.Literal(body))
 
     def _merge(
         self,

@@ -47,13 +47,16 @@ class Following:
 
     Attributes:
         window: seconds from one transaction to the next while the log's end is in reach.
-        max_batch_size: threads in a transaction, at least one message.
+        max_threads: distinct threads in a transaction, at least one message. What waits goes into it, however many
+            messages that are: when the database is slow windows grow, and each thread is still written once in each.
+        max_bytes: of messages in a transaction.
         retain: seconds for which what is applied stays in the log.
         look_every: seconds between two looks at the log's state.
     """
 
     window: float = 0.25
-    max_batch_size: int = 10_000
+    max_threads: int = 100_000
+    max_bytes: int = 64 << 20
     retain: float = 600.0
     look_every: float = 1.0
 
@@ -76,6 +79,7 @@ class PartitionNumbers:
 class _Taken:
     messages: list[Logged] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
+    bytes: int = 0
 
 
 class Refused(SchemaError):  # noqa: N818 - says what is the case
@@ -177,14 +181,14 @@ class Partition:
                 self.numbers.fault = ""
                 self._applied(outcome, self._clock.monotonic() - started)
                 self._count()
-            if len(taken.threads) < self._following.max_batch_size:
+            if not self._is_full(taken):
                 await self._clock.wait(self._stop, max(0.0, began + self._following.window - self._clock.monotonic()))
 
     async def _take(self) -> _Taken:
         """Return the messages of the next transaction; none at the end of the log."""
         taken = _Taken()
         after = self.place.position
-        while len(taken.threads) < self._following.max_batch_size:
+        while not self._is_full(taken):
             if not self._buffer and not await self._fill(after):
                 break
             raw = self._buffer.popleft()
@@ -195,12 +199,16 @@ class Partition:
             message = self._decoded(raw)
             after = raw.position
             taken.messages.append(message)
+            taken.bytes += len(raw.body)
             if message.batch is not None:
                 taken.threads.update(delta.thread_id for delta in message.batch.deltas)
             await asyncio.sleep(0)  # others are served too
         if taken.messages and self._ahead is None and not self._buffer:
             self._ahead = asyncio.create_task(self._read(after))
         return taken
+
+    def _is_full(self, taken: _Taken) -> bool:
+        return len(taken.threads) >= self._following.max_threads or taken.bytes >= self._following.max_bytes
 
     async def _fill(self, after: int) -> bool:
         ahead, self._ahead = self._ahead, None
