@@ -124,6 +124,7 @@ class Partition:
         self._random = Random()  # noqa: S311 - jitter
         self._rated = Rated(clock)
         self._highest = 0
+        self._is_behind = False
         self.heard_at = clock.monotonic()
         """When the servers answered last."""
         self.regressions = 0
@@ -173,7 +174,7 @@ class Partition:
             began = self._clock.monotonic()
             if began - self._looked_at > self._following.look_every:
                 await self._look()
-            taken = await self._take()
+            taken = await self._take(began + self._following.window)
             if taken.messages:
                 started = self._clock.monotonic()
                 outcome = await self._sink.apply_logged(self.place, taken.messages)
@@ -184,13 +185,19 @@ class Partition:
             if not self._is_full(taken):
                 await self._clock.wait(self._stop, max(0.0, began + self._following.window - self._clock.monotonic()))
 
-    async def _take(self) -> _Taken:
-        """Return the messages of the next transaction; none at the end of the log."""
+    async def _take(self, until: float) -> _Taken:
+        """Return the messages of the next transaction: all that wait; none at the end of the log.
+
+        What comes meanwhile is taken until *until*; from there on only as long as there is more than a read takes.
+        """
         taken = _Taken()
         after = self.place.position
         while not self._is_full(taken):
-            if not self._buffer and not await self._fill(after):
-                break
+            if not self._buffer:
+                if taken.messages and not self._is_behind and self._clock.monotonic() >= until:
+                    break
+                if not await self._fill(after):
+                    break
             raw = self._buffer.popleft()
             if raw.position != after + 1:
                 raise SinkFault("connection", f"after the message {after} came {raw.position}")
@@ -221,6 +228,7 @@ class Partition:
     async def _read(self, after: int) -> list[Raw]:
         found = await self._broker.read(self._number, after, messages=_READ_MESSAGES, size=_READ_BYTES)
         self.heard_at = self._clock.monotonic()
+        self._is_behind = len(found) >= _READ_MESSAGES or sum(len(raw.body) for raw in found) > _READ_BYTES // 2
         return found
 
     def _decoded(self, raw: Raw) -> Logged:
