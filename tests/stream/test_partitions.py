@@ -364,12 +364,12 @@ def test_a_position_is_never_collected(database: str) -> None:
         async with owner(database) as (sink, place):
             await sink.apply_logged(place, messages(1, 1))
         query(database, "UPDATE tracker_ledger SET updated_at = now() - interval '9 years' RETURNING 1")
-        sink = PartitionSink(Connector(database), TABLE)
-        await sink.open(uuid4(), 0)
-        await sink.aclose(uuid4(), 0, clean=False)
+        some = leases(database)
+        await some.collect()
+        await some.disconnect()
 
     asyncio.run(run())
-    assert query(database, "SELECT lane, applied_sequence FROM tracker_ledger ORDER BY 1") == [(0, 0), (LANE, 1)]
+    assert query(database, "SELECT epoch, lane, applied_sequence FROM tracker_ledger") == [(1, LANE, 1)]
 
 
 def test_without_the_tables(database: str) -> None:

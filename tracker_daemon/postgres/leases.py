@@ -67,6 +67,10 @@ class Leases(PostgresSink):
             frozenset(row[0] for row in owned), tuple(row[0] for row in free), tuple(row[0] for row in members)
         )
 
+    async def collect(self) -> None:
+        """Forget producers that are gone."""
+        await self._execute("collect")
+
     async def claim(self, partition: int, lane: int, created: str) -> Place | None:
         """Become the owner of a partition; `None`: another one was faster.
 

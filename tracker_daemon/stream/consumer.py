@@ -42,6 +42,7 @@ _LONG_FREE: Final = 3
 """Looks after which a partition that nobody reads is taken, share or not."""
 _TOLD: Final = 10
 _LAST: Final = 2.0
+_COLLECT: Final = 3_600.0
 
 
 @dataclass(slots=True, eq=False)
@@ -93,6 +94,7 @@ class Consumer:
         self._rated = Rated(clock)
         self._lost_sight: float | None = None
         self._hurried = False
+        self._collected_at = float("-inf")
         self.partitions: list[PartitionNumbers] = []
         self.members = 0
         self.fault: str | None = "the stream was not reached yet"
@@ -179,6 +181,9 @@ class Consumer:
         if not await self._sees_the_servers():
             raise SinkFault("connection", f"the servers of {self.address} are away; leases are not renewed")
         standing = await leases.beat()
+        if (now := self._clock.monotonic()) - self._collected_at >= _COLLECT:
+            await leases.collect()
+            self._collected_at = now
         self.members = len(standing.members)
         for number, owned in list(self._owned.items()):
             if owned.task.done():
