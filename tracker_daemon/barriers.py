@@ -35,6 +35,10 @@ class Barriers:
         self._waiting: list[Barrier] = []
         self.ending = False
 
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
     def add(self) -> Future[bool]:
         """Return what is done when every call accepted until now is settled: `False` if some are lost."""
         done: Future[bool] = Future()

@@ -57,7 +57,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 reason = each.longrepr[2] if isinstance(each.longrepr, tuple) else str(each.longrepr)
                 reasons[reason.removeprefix("Skipped: ")] += 1
     terminalreporter.section("what of deploy/ was exercised, by what")
-    paths = {name: known_path(name) for name in ("helm", "kubectl", "promtool")}
+    paths = {name: known_path(name) for name in ("helm", "kubectl", "promtool", "pg_dump", "pg_restore", "psql")}
     for line in report.lines(results, reasons, paths):
         terminalreporter.line(line)
 
