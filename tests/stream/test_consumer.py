@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -15,6 +16,7 @@ from tests.digits import Digits
 from tests.helpers import query, wait_until
 from tests.stream.conftest import make_stream
 from tests.stream.harness import Consuming
+from tests.stream.kills import ConsumerProcess
 from tests.stream.test_sink import batch, delete, log_ends, opened_broker, opened_sink, total
 from tracker_daemon.cli import program as command_line
 from tracker_daemon.stream import operations
@@ -23,6 +25,8 @@ from tracker_daemon.stream.consumer import share_of
 from tracker_daemon.stream.messages import Message, encode
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.helpers import Trackers
     from tests.stream.cluster import Cluster
 
@@ -251,3 +255,48 @@ def test_leaders_are_spread(cluster: Cluster) -> None:
         return {each.facts.leader for each in asyncio.run(operations.status(address(url), None, (None, "c")))}
 
     wait_until(lambda: len(leaders()) == 3, "three leaders")
+
+
+def test_a_consumer_stopped_past_its_lease(stream: str, database: str, trackers: Trackers, tmp_path: Path) -> None:
+    """While a consumer stands still another takes its partitions; continued, it writes nothing of what it has in hand."""
+    digits = Digits()
+    tracker = trackers(stream, flush_interval=0.01)
+
+    def call(rounds: int) -> None:
+        for _ in range(rounds):
+            for number in range(10):
+                assert tracker.record_turn(f"t{number}", "a", digits.tokens(f"t{number}"))
+            tracker.flush(30)
+
+    def exact() -> bool:
+        return digits.read(dict(query(database, "SELECT thread_id, total_tokens::bigint FROM conversations"))).exact
+
+    stopped = ConsumerProcess(stream, database, "stopped", tmp_path, lease=1.5)
+    stopped.start()
+    try:
+        wait_until(lambda: stopped.log.count("partition_claimed") == 2, "both partitions")
+        call(5)
+        wait_until(exact, "the first calls")
+        with psycopg.connect(database) as lock:
+            # It has messages in hand, and waits within its transaction, when it is stopped.
+            lock.execute("LOCK TABLE conversations IN SHARE MODE")
+            call(5)
+            waiting = (
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            wait_until(lambda: query(database, waiting)[0][0] >= 2, "two transactions that wait")
+            stopped.process.send_signal(signal.SIGSTOP)
+        with Consuming(stream, database, lease=1.5) as other:
+            wait_until(lambda: owned(other) == {0, 1}, "both partitions at the other one")
+            call(5)
+            wait_until(exact, "all calls")
+            stopped.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: "partition_lost" in stopped.log or len(owned(other)) < 2, "the loss to be seen")
+            call(5)
+            wait_until(exact, "all calls again")
+        assert stopped.stop() == 0
+        assert exact()
+    finally:
+        stopped.process.send_signal(signal.SIGCONT)
+        stopped.process.kill()
+        stopped.process.wait()

@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from tracker_daemon.batch import Batch
-    from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.postgres.session import Session
 
+_MOST_KNOWN: Final = 100_000
+_MOST_IDLE: Final = 3_000
+"""Milliseconds between two statements of a transaction."""
 _UNREADABLE: Final = "(unreadable message)"
 
 
@@ -113,6 +115,7 @@ class PartitionSink(PostgresSink):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._moving: tuple[Place, Logged] | None = None
+        self._known: dict[UUID, int] = {}
 
     async def look(self, place: Place) -> None:
         """Set *place* to where the partition stands.
@@ -164,19 +167,27 @@ class PartitionSink(PostgresSink):
     # -- one transaction ---------------------------------------------------------------------------
 
     async def _together(self, session: Session, place: Place, messages: Sequence[Logged]) -> Outcome:
+        # Made ready before the transaction, which holds locks, by where the producers stood last; it looks that up again.
+        expected = {m.batch.producer: self._known.get(m.batch.producer, 0) for m in messages if m.batch is not None}
+        ready = _made_ready(messages, expected)
         await self._begin(session)
-        known = await self._move(session, place, messages)
-        outcome, groups = _sorted_out(messages, known)
-        await self._advance_producers(session, place, known)
-        for batch, deltas in groups:
-            sent, merged = await self._merge(session, batch, deltas)
+        found = await self._move(session, place, messages)
+        if (found := {producer: found.get(producer, 0) for producer in expected}) != expected:
+            ready = _made_ready(messages, found)
+        outcome = Outcome(list(ready.outcome.new), ready.outcome.duplicates, ready.outcome.unreadable)
+        await self._advance_producers(session, place, ready.producers)
+        for batch, rows, parameters in ready.groups:
+            sent, merged = await self._merge(session, batch, parameters)
             outcome.rows += merged
-            outcome.skipped += len(deltas) - sent
+            outcome.skipped += rows - sent
         for message in messages:
             if message.batch is None:
                 await self._keep_unreadable(session, place, message)
         await session.connection.execute("COMMIT")
         place.position = messages[-1].position
+        if len(self._known) > _MOST_KNOWN:
+            self._known.clear()
+        self._known |= ready.producers
         return outcome
 
     async def _move(self, session: Session, place: Place, messages: Sequence[Logged]) -> dict[UUID, int]:
@@ -210,9 +221,9 @@ class PartitionSink(PostgresSink):
                 {"lane": place.lane, "producers": list(known), "sequences": list(known.values())},
             )
 
-    async def _merge(self, session: Session, batch: Batch, deltas: list[ThreadDelta]) -> tuple[int, int]:
+    async def _merge(self, session: Session, batch: Batch, parameters: dict[str, str]) -> tuple[int, int]:
         cursor = session.cursor()
-        await cursor.execute(session.statements.merging("merge_arrays", batch), encoding.arrays(deltas))
+        await cursor.execute(session.statements.merging("merge_arrays", batch), parameters)
         row = await cursor.fetchone()
         assert row is not None  # a SELECT of counts
         return row[1], row[2]
@@ -278,20 +289,36 @@ class PartitionSink(PostgresSink):
         await self._advance_producers(session, place, {batch.producer: batch.sequence})
         return True
 
+    async def _begin(self, session: Session) -> None:
+        await super()._begin(session)
+        # An owner that is stopped in the middle holds the position's row: whoever takes over waits no longer than this.
+        await session.connection.execute(f"SET LOCAL idle_in_transaction_session_timeout = {_MOST_IDLE}")
+
     async def _rolled_back(self, session: Session) -> bool:
         with suppress(Exception), session.deadline(self._timeout):  # lost: the first error says it
             await session.connection.rollback()
         return not session.connection.broken
 
 
-def _sorted_out(
-    messages: Sequence[Logged], known: dict[UUID, int]
-) -> tuple[Outcome, list[tuple[Batch, list[ThreadDelta]]]]:
-    """Tell new batches from repeats, raise *known* to them, and return their deltas in groups that go together.
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What a transaction writes.
 
-    With each group comes a batch of it: all of them are alike in what they want with missing rows.
+    Attributes:
+        outcome: which batches are new.
+        producers: where they stand afterwards.
+        groups: what goes together: a batch of it (all are alike in what they want with missing rows), how many rows
+            it has, and the parameters of the merge.
     """
-    outcome = Outcome()
+
+    outcome: Outcome
+    producers: dict[UUID, int]
+    groups: list[tuple[Batch, int, dict[str, str]]]
+
+
+def _made_ready(messages: Sequence[Logged], known: dict[UUID, int]) -> _Ready:
+    """Tell new batches from repeats by where their producers stand, and sum the new ones."""
+    outcome, known = Outcome(), dict(known)
     groups: list[list[Batch]] = []
     for message in messages:
         batch = message.batch
@@ -306,4 +333,5 @@ def _sorted_out(
                 groups[-1].append(batch)
             else:
                 groups.append([batch])
-    return outcome, [(batches[0], summed(batches)) for batches in groups]
+    sums = ((batches[0], summed(batches)) for batches in groups)
+    return _Ready(outcome, known, [(batch, len(deltas), encoding.arrays(deltas)) for batch, deltas in sums])
