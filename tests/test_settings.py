@@ -115,7 +115,7 @@ def test_wrong_sink(sink: Any) -> None:
 def test_a_sink_whose_extra_is_missing(monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry) -> None:
     """The message says what to install; it comes when the tracker is made."""
     monkeypatch.setattr(sinks, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'tracker-daemon\[embedded\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[embedded\]' in a checkout"):
         Tracker("embedded:somewhere", registry=registry)
     monkeypatch.setitem(sys.modules, "tracker_daemon.postgres.connection", None)
     with pytest.raises(ConfigError, match=r"pip install 'psycopg\[binary\]'"):

@@ -167,7 +167,7 @@ class PartitionSink(PostgresSink):
     # -- one transaction ---------------------------------------------------------------------------
 
     async def _together(self, session: Session, place: Place, messages: Sequence[Logged]) -> Outcome:
-        # Made ready before the transaction, which holds locks, by where producers stood last; looked up again within it.
+        # Made ready before the transaction, which holds locks, by where producers stood last; that is looked up in it.
         expected = {m.batch.producer: self._known.get(m.batch.producer, 0) for m in messages if m.batch is not None}
         ready = _made_ready(messages, expected)
         await self._begin(session)
