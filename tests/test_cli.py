@@ -89,7 +89,7 @@ def test_other_table(empty_database: str) -> None:
     assert "--create-schema" in refused.stderr
     with psycopg.connect(empty_database) as connection:
         assert connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'chat'").fetchall() == []
-    assert run("migrate", *options, "--create-schema").output == "applied schema chat\napplied 0001_tables\n"
+    assert run("migrate", *options, "--create-schema").output == f"applied schema chat\n{STEPS}"
     assert tables(empty_database, "chat") == TABLES - {"conversations"} | {"talks"}
     assert run("migrate", *options, "--check").exit_code == 0
 
@@ -161,7 +161,7 @@ def test_no_right_to_make_tables(empty_database: str) -> None:
         result = run("migrate", *options, "--table", "chat.talks", "--create-schema")
         assert f'GRANT CREATE ON DATABASE "{admin.info.dbname}" TO "{name}"' in result.stderr
         admin.execute(grant)
-        assert run("migrate", *options).output == "applied 0001_tables\n"
+        assert run("migrate", *options).output == STEPS
 
 
 def test_check_by_the_server_s_role(database: str) -> None:
@@ -390,7 +390,7 @@ from tracker_daemon.operations import migrate
 print(asyncio.run(migrate({empty_database!r})), asyncio.run(migrate({empty_database!r}, "public.conversations")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == ("['0001_tables'] []\n", "")
+    assert (done.stdout, done.stderr) == ("['0001_tables', '0002_partitions'] []\n", "")
     assert tables(empty_database) == TABLES
 
 
