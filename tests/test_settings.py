@@ -117,6 +117,9 @@ def test_a_sink_whose_extra_is_missing(monkeypatch: pytest.MonkeyPatch, registry
     monkeypatch.setattr(sinks, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[embedded\]' in a checkout"):
         Tracker("embedded:somewhere", registry=registry)
+    monkeypatch.setitem(sys.modules, "tracker_daemon.stream.sink", None)
+    with pytest.raises(ConfigError, match=r"pip install '\.\[nats\]' in a checkout"):
+        Tracker("nats://localhost/chat", registry=registry)
     monkeypatch.setitem(sys.modules, "tracker_daemon.postgres.connection", None)
     with pytest.raises(ConfigError, match=r"pip install 'psycopg\[binary\]'"):
         Tracker("postgresql:///chat", registry=registry)

@@ -90,7 +90,7 @@ def _stream(url: str) -> Callable[[], Sink]:
     try:
         from tracker_daemon.stream.sink import NatsSink  # noqa: PLC0415 - only who has a stream needs it
     except ImportError as error:
-        raise ConfigError("sink", "needs an extra: pip install 'tracker-daemon[nats]'") from error
+        raise ConfigError("sink", "needs an extra: pip install '.[nats]' in a checkout") from error
     return lambda: NatsSink(found)
 
 

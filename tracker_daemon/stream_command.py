@@ -56,7 +56,7 @@ def _imported(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tracker_daemon"):
             raise
-        raise click.ClickException("it is not installed: pip install 'tracker-daemon[daemon,nats]'") from None
+        raise click.ClickException("it is not installed: pip install '.[daemon,nats]' in a checkout") from None
 
 
 def _where(setting: Setting) -> Callable[[Any], Any]:
