@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import pickle
+from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -531,7 +532,7 @@ def test_full(method: str, arguments: tuple[Any, ...]) -> None:
         for tracker in (dropping, raising):
             stats = tracker.stats()
             assert (stats.accepted, stats.pending, stats.rejected) == (3, 3, 1)
-            assert tracker.reading().rejected == {"invalid": 0, "full": 1, "closed": 0}
+            assert +Counter(tracker.reading().rejected) == {"full": 1}
             with pytest.raises(InvalidCall):  # what is wrong comes first
                 tracker.call("ensure_conversation", "")
 
@@ -546,7 +547,7 @@ def test_closed(method: str, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TrackerClosed, match="make a new Tracker"):
         getattr(raising, method)(*arguments)
     for tracker in (dropping, raising):
-        assert tracker.reading().rejected == {"invalid": 0, "full": 0, "closed": 1}
+        assert +Counter(tracker.reading().rejected) == {"closed": 1}
         assert tracker.stats().accepted == 0
 
 

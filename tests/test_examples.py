@@ -140,7 +140,7 @@ def test_quickstart(database: str, folder: Path) -> None:
     """The README's first example as a program: on a database of the user's, its conversation is in the table."""
     script = copied(folder, "quickstart.py")
     body = [line for line in code(0).splitlines() if line.startswith("        ")]
-    assert len(body) == 4
+    assert len(body) == 5
     assert all(line in script.read_text(encoding="utf-8").splitlines() for line in body)
     run = subprocess.run([sys.executable, script, database], capture_output=True, text=True, timeout=60, check=True)
     assert (run.stdout.count("TrackerStats(accepted=3, applied=3"), run.stderr) == (1, "")
@@ -568,9 +568,9 @@ def test_curl(database: str, folder: Path) -> None:
         {"status": "ready"},
         {"accepted": 2},
         {"accepted": 1},
-        {"accepted": 1, "duplicate": False},
-        {"accepted": 1, "duplicate": False},
-        {"accepted": 1, "duplicate": True},
+        {"accepted": 1, "duplicate": False, "dead_lettered": 0},
+        {"accepted": 1, "duplicate": False, "dead_lettered": 0},
+        {"accepted": 1, "duplicate": True, "dead_lettered": 0},
         {"accepted": 1},
     ]
     assert turns_by_thread(database) == {

