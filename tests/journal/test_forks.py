@@ -10,10 +10,14 @@ import pytest
 from tests.digits import Digits
 from tests.faults.harness import sums
 from tests.helpers import Outcome, command, ledger, run_program, running, wait_until, watchdog
+from tracker_daemon.backlog import Backlog
+from tracker_daemon.call_queue import CallQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tracker_daemon.generation import Record
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +156,42 @@ def test_calls_in_the_middle_of_a_fork(database: str, tmp_path: Path, scene: str
     verdict = digits.read(found)
     assert (verdict.missing, verdict.doubled) == ([], [])
     assert len(digits.made) > 5
+
+
+class Forking(CallQueue):
+    """A process that forks, when it is told to, right after somebody has looked whether the gate may be raised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fork: Callable[[], object] | None = None
+
+    @property
+    def on_disk(self) -> bool:  # type: ignore[override]  # a plain attribute there
+        """Whether calls go to a file: they do not."""
+        if self.fork is not None:
+            self.fork()
+        return False
+
+
+@pytest.mark.parametrize("who", ["caller", "worker", "fold"])
+def test_gate_that_is_raised_while_the_process_forks(who: str) -> None:
+    """A caller or the worker was about to raise the gate: in the child it is shut, and the first call asks whose it is."""
+    backlog = Backlog(max_queue_size=100, max_pending=10, max_batch_size=10, create_missing=True)
+    queue = backlog.queue = Forking()
+    record: Record = ("t", "a", 1, 0.5, 1)
+    assert backlog.enter(record) is None
+    assert backlog.gate > 9, "higher than there is room for once this one is folded"
+    queue.fork = backlog.shut_for_fork
+    if who == "caller":
+        assert backlog.enter(("u", "a", 1, 0.5, 1)) is None
+    elif who == "worker":
+        backlog.open_gate()
+    else:
+        assert backlog.drain(1_000) == 1
+    assert backlog.gate == 0
+    queue.fork = None
+    backlog.open_gate()
+    assert backlog.gate == 0, "until the fork is done"
+    backlog.forking = False  # and this is the parent
+    backlog.open_gate()
+    assert backlog.gate > 0
