@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from tests.faults.harness import sums
 from tests.helpers import Outcome, command, ledger, run_program, running, wait_until, watchdog
 from tracker_daemon.backlog import Backlog
 from tracker_daemon.call_queue import CallQueue
+from tracker_daemon.journal.lock import DirectoryLock, try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,10 +144,12 @@ def test_two_trackers_on_one_directory(database: str, tmp_path: Path) -> None:
     assert sums(database) == {"a": 0}
 
 
-@pytest.mark.parametrize("scene", ["hook_that_calls", "handler_that_calls"])
+@pytest.mark.parametrize("scene", ["hook_that_calls", "handler_in_the_beginning", "handler_that_calls"])
 def test_calls_in_the_middle_of_a_fork(database: str, tmp_path: Path, scene: str) -> None:
     """Whatever calls in the child first, a hook or a signal handler: nothing is written into the parent's files."""
     outcome = play(scene, database, tmp_path, -signal.SIGKILL)
+    if scene != "handler_that_calls":
+        assert [line["applied"] for line in outcome.said if "applied" in line] == [28], "one life in the child, with the calls that began it"
     again = play("again", database, tmp_path)
     digits = Digits()
     for line in (*outcome.said, *again.said):
@@ -156,6 +160,23 @@ def test_calls_in_the_middle_of_a_fork(database: str, tmp_path: Path, scene: str
     verdict = digits.read(found)
     assert (verdict.missing, verdict.doubled) == ([], [])
     assert len(digits.made) > 5
+
+
+def test_lock_let_go_of_in_the_middle_of_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler that lets go of it too: its file is closed once, not another that has its number by then."""
+    lock, closed, close = DirectoryLock(tmp_path), list[int](), os.close
+
+    def interrupted(file: int) -> None:
+        closed.append(file)
+        if len(closed) == 1:
+            lock.release()
+        close(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", interrupted)
+        lock.release()
+    assert len(closed) == 1
+    assert try_lock(tmp_path) is not None
 
 
 class Forking(CallQueue):
