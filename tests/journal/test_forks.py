@@ -149,7 +149,9 @@ def test_calls_in_the_middle_of_a_fork(database: str, tmp_path: Path, scene: str
     """Whatever calls in the child first, a hook or a signal handler: nothing is written into the parent's files."""
     outcome = play(scene, database, tmp_path, -signal.SIGKILL)
     if scene != "handler_that_calls":
-        assert [line["applied"] for line in outcome.said if "applied" in line] == [28], "one life in the child, with the calls that began it"
+        assert [line["applied"] for line in outcome.said if "applied" in line] == [28], (
+            "one life in the child, with the calls that began it"
+        )
     again = play("again", database, tmp_path)
     digits = Digits()
     for line in (*outcome.said, *again.said):
