@@ -19,6 +19,7 @@ import anyio.lowlevel
 
 from tracker_daemon.backoff import PASSING, STANDING, Backoff
 from tracker_daemon.batch import Batch
+from tracker_daemon.delta import earliest
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.generation import Generation
 from tracker_daemon.journal.directory import operation_of
@@ -27,7 +28,7 @@ from tracker_daemon.logs import Rated, get_logger
 from tracker_daemon.sink import Applied, FaultKind, LedgerMissing, LedgerRegressed, Looks, Opened, Recalls, SinkFault
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from uuid import UUID
 
     from tracker_daemon.backlog import Backlog
@@ -168,7 +169,7 @@ class Applier:
         applied = await self._sink.apply(replace(batch, epoch=position.epoch))
         if not isinstance(applied, Applied):
             raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
-        self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence)
+        self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence, position.database)
         self._numbers.ledger = (str(producer), position.epoch, sequence)
         self._sign_at = self._clock.monotonic() + SIGN_OF_LIFE
         return applied
@@ -276,10 +277,10 @@ class Applier:
 
     # -- what is told ---------------------------------------------------------------------------------
 
-    def _record(self, applied: Applied, deltas: tuple[ThreadDelta, ...], seconds: float, taken_at: int) -> None:
+    def _record(self, applied: Applied, deltas: Sequence[ThreadDelta], seconds: float, taken_at: int) -> None:
         numbers, now = self._numbers, self._clock.wall()
         # An instant that a client gave may be of any time: it tells nothing about when its call came.
-        oldest, taken = min(delta.first_at for delta in deltas) / 1e6, taken_at / 1e9
+        oldest, taken = earliest(deltas) / 1e6, taken_at / 1e9
         since = oldest if not taken or taken <= oldest <= now else taken
         numbers.flushes["duplicate" if applied.duplicate else "ok"] += 1
         numbers.flush_seconds.observe(seconds)
