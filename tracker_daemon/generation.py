@@ -72,6 +72,10 @@ class Generation:
         """Yield every delta, in the order of the batches."""
         return map(unpacked, self._rows())
 
+    def part(self, first: int, most: int) -> list[ThreadDelta]:
+        """Return at most so many deltas, from the *first* one on."""
+        return [unpacked(row) for row in islice(self._rows(), first, first + most)]
+
     def of(self, thread_id: str) -> Iterator[ThreadDelta]:
         """Yield what the generation holds of one thread, in order."""
         for part in (self.deltas, self.followers):
