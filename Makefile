@@ -33,8 +33,15 @@ test: .venv/installed  ## the whole suite on a real Postgres, a few minutes
 test-deploy: .venv/deploy-tools  ## the image, compose, Kubernetes: built, run and checked with podman; as root
 	$(BIN)/python -X dev -m pytest -m 'containers or not containers' tests/deploy $(ARGS)
 
-bench: .venv/installed  ## what a call costs beside a queue append, as ratios
-	$(BIN)/python benchmarks/call_cost.py
+# Peers that are compared with have a place of their own: none of them is needed, or seen, by the tests.
+.venv/bench/installed: .venv/installed benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv/bench
+	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,daemon]' \
+		--requirement benchmarks/requirements.txt
+	@touch $@
+
+bench: .venv/bench/installed  ## measured beside every alternative: table and plots, 10 minutes; ONLY='call_cost loop_lag'
+	.venv/bench/bin/python benchmarks/run.py $(ONLY) $(ARGS)
 
 soak: .venv/installed  ## faults for SECONDS=60, then: calls made, lost, doubled
 	$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tracker_daemon.cli import program
-from tracker_daemon.embedded import free_port
+from tracker_daemon.server_probes import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -94,6 +94,7 @@ def test_unknown_setting() -> None:
         "http://localhost:1/path",
         "unix:",
         "unix:/run/x?token=abc",
+        "unix:/" + 107 * "x",
         "nats://localhost",
         "nats://localhost/x y",
         "nats://user@localhost/x",

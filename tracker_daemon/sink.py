@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args,
 from tracker_daemon.errors import TrackerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from uuid import UUID
 
     from tracker_daemon.batch import Batch
@@ -152,3 +153,14 @@ class Recalls(Protocol):
     async def recall(self, batch: Batch) -> Applied:
         """Return *batch* as a duplicate, with its dead letters; write nothing. The ledger stands at it, or after it."""
         ...
+
+
+@runtime_checkable
+class Looks(Protocol):
+    """What a sink may offer beside the port: to tell a bad row from a table at fault by what comes later.
+
+    Attributes:
+        following: returns a few deltas that wait behind a batch, for trying alone; set by whoever applies batches.
+    """
+
+    following: Callable[[Batch], Sequence[ThreadDelta]]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _DAEMON = ("http", "https", "unix")
 _STREAM = ("nats", "tls")
+_SOCKET_PATH = 107
 
 
 def sink_factory(sink: Any, settings: Settings) -> Callable[[], Sink]:
@@ -67,6 +68,8 @@ def _from_daemon(url: str, scheme: str, rest: str) -> Callable[[], Sink]:
     if scheme == "unix":
         if not where:
             raise ConfigError("sink", "must name a socket's path after unix:", url)
+        if len(os.fsencode(where)) > _SOCKET_PATH:
+            raise ConfigError("sink", f"must have a socket path of at most {_SOCKET_PATH} bytes", url)
     else:
         parts = urlsplit(where)
         if not parts.hostname or parts.username or parts.path.strip("/") or parts.fragment:
@@ -101,7 +104,7 @@ def _token(file: str) -> Callable[[], str | None]:
     def read() -> str:
         # At every request: the token may be replaced while the server runs.
         try:
-            return Path(file).read_text(encoding="ascii").strip().partition("\n")[0].strip()
+            return Path(file).read_text(encoding="ascii").partition("\n")[0].strip()
         except (OSError, UnicodeDecodeError) as error:
             raise SinkFault("auth", f"the token's file cannot be read: {error}") from error
 

@@ -53,6 +53,13 @@ _WAIT: Final = 50.0
 _READERS: Final = 4
 
 
+class _Json(JSONResponse):
+    """A JSON answer whose body is a line, as a terminal and a log want it."""
+
+    def render(self, content: Any) -> bytes:
+        return super().render(content) + b"\n"
+
+
 class Answer(Exception):  # noqa: N818 - not an error: it ends a request early
     """An answer that is no success."""
 
@@ -82,12 +89,12 @@ def make_pages(service: Shown) -> ASGIApp:
 
 
 async def _as_json(_: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+    return _Json({"error": error.detail}, error.status_code, headers=error.headers)
 
 
 async def _failed(_: Request, error: Exception) -> Response:
     get_logger().error("request_failed", error=repr(error), exc_info=error)
-    return JSONResponse({"error": "the daemon failed; its log says why"}, 500)
+    return _Json({"error": "the daemon failed; its log says why"}, 500)
 
 
 _HANDLERS: Final[Any] = {HTTPException: _as_json, Exception: _failed}
@@ -158,18 +165,18 @@ class _Pages:
         return Response(data, headers={"content-type": content_type})
 
     async def live(self, _: Request) -> Response:
-        return JSONResponse({"status": "alive"})
+        return _Json({"status": "alive"})
 
     async def ready(self, _: Request) -> Response:
         state, reason = self._shown.state, self._shown.reason
         if state == "ready":
-            return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": state, "reason": reason}, 503, headers=_RETRY)
+            return _Json({"status": "ready"})
+        return _Json({"status": state, "reason": reason}, 503, headers=_RETRY)
 
     async def status(self, request: Request) -> Response:
         since = request.query_params.get("since")
         document = self._shown.status(since)
-        return JSONResponse(document, headers={"cache-control": "no-store"})
+        return _Json(document, headers={"cache-control": "no-store"})
 
     async def page(self, _: Request) -> Response:
         return FileResponse(self._page, headers={"cache-control": "no-cache"})
@@ -197,22 +204,22 @@ class _Api(_Pages):
                 self._admit(request)
                 return await handler(request)
             except Answer as answer:
-                return JSONResponse(answer.value, answer.status, headers=answer.headers)
+                return _Json(answer.value, answer.status, headers=answer.headers)
             except wire.Malformed as error:
-                return JSONResponse({"error": str(error)}, 400)
+                return _Json({"error": str(error)}, 400)
             except Full as full:
                 whose = "of this client's" if full.status == 429 else "of the clients'"
                 text = f"too much {whose} waits for the database already"
-                return JSONResponse({"error": text}, full.status, headers=_RETRY)
+                return _Json({"error": text}, full.status, headers=_RETRY)
             except FlushTimeout as error:
-                return JSONResponse({"error": str(error)}, 503, headers=_RETRY)
+                return _Json({"error": str(error)}, 503, headers=_RETRY)
             except ClientDisconnect:
                 return Response(status_code=400)  # to nobody
             except TrackerError as error:
                 if (status := wire.STATUS.get(type(error))) is None:
                     raise
                 headers = _RETRY if status == 503 else None
-                return JSONResponse(wire.error_json(error), status, headers=headers)
+                return _Json(wire.error_json(error), status, headers=headers)
 
         return run
 
@@ -275,8 +282,9 @@ class _Api(_Pages):
             if "tracker-producer" in request.headers or "tracker-sequence" in request.headers:
                 batch = self._batch(request, records)
                 applied = await self._identified(request, batch)
-                answer = {"accepted": len(records), "duplicate": applied.duplicate}
-                return JSONResponse(answer, 200 if wait else 202)
+                dead = sum(letter.delta.calls for letter in applied.dead_letters)
+                answer = {"accepted": len(records), "duplicate": applied.duplicate, "dead_lettered": dead}
+                return _Json(answer, 200 if wait else 202)
             # In a thread: it waits while the tracker's worker folds.
             no = None
             if records:
@@ -290,7 +298,7 @@ class _Api(_Pages):
                 await service.tracker.aflush(_WAIT)
             except FlushTimeout:
                 wait = None  # the calls are taken: an answer that asks for them again would count them twice
-        return JSONResponse({"accepted": len(records)}, 200 if wait else 202)
+        return _Json({"accepted": len(records)}, 200 if wait else 202)
 
     async def _identified(self, request: Request, batch: Batch) -> Applied:
         try:
@@ -315,7 +323,7 @@ class _Api(_Pages):
         async with self._body(request) as body:
             producer, lane, known, after = wire.open_request(body)
             opened = await self._service.relay.open(producer, lane, known, after)
-        return JSONResponse(wire.opened_json(opened))
+        return _Json(wire.opened_json(opened))
 
     async def apply(self, request: Request) -> Response:
         client = _client(request)
@@ -335,7 +343,7 @@ class _Api(_Pages):
             if batch.epoch == 0:
                 raise wire.Malformed("Tracker-Epoch must be at least 1: open the producer first")
             applied = await do(batch)
-        return JSONResponse(wire.applied_json(applied))
+        return _Json(wire.applied_json(applied))
 
     async def close(self, request: Request) -> Response:
         producer = request.path_params["producer"]

@@ -105,7 +105,12 @@ class ConsumerService:
             ),
             queue_limit=0,
             ledger=Ledger(
-                producer=str(consumer.name), epoch=0, sequence=0, regressions=numbers.regressions, fenced=False
+                producer=str(consumer.name),
+                epoch=0,
+                sequence=0,
+                relayed=0,
+                regressions=numbers.regressions,
+                fenced=False,
             ),
             journal=None,
             clients=consumer.live_producers(),

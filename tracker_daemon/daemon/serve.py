@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR
 from prometheus_client.registry import CollectorRegistry
+from psycopg.conninfo import conninfo_to_dict
 
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.bearer import Token
@@ -33,8 +35,6 @@ from tracker_daemon.tracker import Tracker
 if TYPE_CHECKING:
     from tracker_daemon.daemon.options import Listen
 
-# What the status page does not show: what holds secrets, or would be no use there.
-_HIDDEN: Final = frozenset({"database"})
 _OTHER_FILES: Final = 256
 LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -138,10 +138,21 @@ class Plan:
 
     def shown(self) -> dict[str, Any]:
         """Return what the status page shows."""
-        found = {name: value for name, value in asdict(self).items() if name not in _HIDDEN}
+        found = asdict(self) | {"database": _place(self.database)}
         found |= {"listen": [str(address) for address in self.listen], "socket_mode": f"{self.socket_mode:o}"}
         found["table"] = ".".join(part for part in self.table if part is not None)
         return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+
+
+def _place(database: str) -> str:
+    """Name a database by host, port and name: no user, no password, whatever else its URL holds."""
+    if database.startswith("embedded:"):
+        return database
+    given = conninfo_to_dict(database)
+    host = given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST") or "local socket"
+    port = given.get("port") or os.environ.get("PGPORT") or "5432"
+    name = given.get("dbname") or os.environ.get("PGDATABASE") or "the user's own"
+    return f"{host}, port {port}, database {name}"
 
 
 def check(plan: Plan) -> None:
@@ -163,8 +174,14 @@ def _check_directory(setting: str, directory: Path) -> None:
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(setting, f"cannot be had: {there} is no directory", str(directory))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(setting, f"cannot be had: {there} may not be written", str(directory))
+    try:
+        # What a directory says of its rights is not all: /proc, or a file system that is read-only.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            setting, f"cannot be had: {there} cannot be written: {error.strerror}", str(directory)
+        ) from None
 
 
 def run(plan: Plan) -> int:

@@ -202,6 +202,7 @@ class Service:
                 producer=producer,
                 epoch=epoch,
                 sequence=sequence,
+                relayed=self.relay.batches,
                 regressions=numbers.regressions + relayed.regressions,
                 fenced=numbers.fenced,
             ),

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from tracker_daemon.delta import calls_of
 from tracker_daemon.generation import Generation
 from tracker_daemon.journal.inspection import Fault, readable, with_last
 from tracker_daemon.journal.lives import Life, life_of
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
-    from tracker_daemon.delta import ThreadDelta
 
 _NEW: Final = ".new"
 _ASIDE: Final = ".damaged"
@@ -152,7 +152,7 @@ def _write_anew(
         rest.followers = found.generation.followers
     else:
         behind = islice(found.generation.deltas.values(), found.known, None)
-        left_out = sum(delta.calls for delta in (*behind, *found.generation.followers.values()))
+        left_out = sum(map(calls_of, (*behind, *found.generation.followers.values())))
     first = window.first + batches
     if last is not None and len(list(rest.batches(size))) > last - first + 1:
         rest, size = _in_one(rest)
@@ -182,8 +182,8 @@ def _in_one(rest: Generation) -> tuple[Generation, int]:
     """Return *rest* as one batch: without what is lost it falls into more batches than it had."""
     one = Generation(create_missing=rest.create_missing)
     for delta in rest.all():
-        before = one.deltas.get(delta.thread_id)
-        one.deltas[delta.thread_id] = delta if before is None else before.merge(delta)
+        before = next(one.of(delta.thread_id), None)
+        one.put(delta if before is None else before.merge(delta), late=False)
     return one, max(1, len(one.deltas))
 
 
@@ -201,7 +201,7 @@ def _write(path: Path, header: Header, first: int, rest: Generation, size: int) 
     _sync(path.parent)
 
 
-def _count(batches: Iterable[tuple[ThreadDelta, ...]]) -> int:
+def _count(batches: Iterable[object]) -> int:
     return sum(1 for _ in batches)
 
 

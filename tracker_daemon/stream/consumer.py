@@ -18,10 +18,10 @@ from uuid import uuid4
 import anyio
 
 from tracker_daemon.books import Books
-from tracker_daemon.collector import Reading
 from tracker_daemon.errors import SchemaError, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.logs import Rated, get_logger
+from tracker_daemon.readings import Reading
 from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.broker import Broker
 from tracker_daemon.stream.messages import lane_of

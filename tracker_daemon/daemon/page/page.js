@@ -49,9 +49,10 @@ function list(node, rows) {
 
 function showLedger({ ledger }) {
   list(byId("ledger"), [
-    ["producer", String(ledger.producer || "none yet")],
+    ["producer", String(ledger.producer || "none yet"), ledger.producer ? "id" : ""],
     ["epoch", count(ledger.epoch)],
     ["sequence", count(ledger.sequence)],
+    ["clients' batches", count(ledger.relayed)],
     ["regressions", count(ledger.regressions), ledger.regressions ? "warn" : ""],
     ["fenced", ledger.fenced ? "yes: another process has taken over, nothing is written" : "no", ledger.fenced ? "bad" : ""],
   ]);
@@ -78,19 +79,17 @@ function showStream({ stream }) {
   }));
 }
 
-/** Errors with equal ones in a row as one: {at, from, class, text, times}. */
-function runs(errors) {
-  const found = [];
+/** Errors with equal ones as one, where the newest of them stands: {at, from, class, text, times}. */
+function kinds(errors) {
+  const found = new Map();
   for (const error of errors) {
-    const last = found.at(-1);
-    if (last && last.class === error.class && last.text === error.text) {
-      last.times++;
-      last.from = error.at;
-    } else {
-      found.push({ ...error, from: error.at, times: 1 });
-    }
+    const name = JSON.stringify([error.class, error.text]);
+    const kind = found.get(name) ?? { ...error, times: 0 };
+    kind.times++;
+    kind.from = error.at;
+    found.set(name, kind);
   }
-  return found;
+  return [...found.values()];
 }
 
 function showErrors({ errors, now }) {
@@ -98,7 +97,7 @@ function showErrors({ errors, now }) {
   const state = JSON.stringify(errors);
   if (node.shown !== state) {
     node.shown = state;
-    node.replaceChildren(...runs(errors).map((error) => {
+    node.replaceChildren(...kinds(errors).map((error) => {
       const age = make("span", { class: "age" });
       age.at = error.at;
       const times = error.times > 1 ? `${count(error.times)} times since ${timeOfDay(error.from)}` : "";
