@@ -49,6 +49,17 @@ class OpenedElsewhere(LedgerMissing):
         )
 
 
+class LogLost(LedgerRegressed):
+    """The stream has lost what it had acknowledged to this process."""
+
+    def __str__(self) -> str:
+        return (
+            f"the stream has lost messages of producer {self.producer} that it had acknowledged, of sequences up to "
+            f"{self.expected}: it was deleted and made again, or an older copy of it was restored. What the journal has "
+            "kept is published again; what of it the database has is not counted twice"
+        )
+
+
 class NatsSink:
     """A `Sink` that publishes batches.
 
@@ -189,7 +200,7 @@ class NatsSink:
         expected = self._in_hand[1] - 1
         self._stored.clear()
         self._in_hand, self._losses = None, 0
-        raise LedgerRegressed(str(producer), 0, expected, 0)
+        raise LogLost(str(producer), 0, expected, 0)
 
     # -- the loop ----------------------------------------------------------------------------------
 
