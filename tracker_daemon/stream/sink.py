@@ -55,7 +55,7 @@ class LogLost(LedgerRegressed):
     def __str__(self) -> str:
         return (
             f"the stream has lost messages of producer {self.producer} that it had acknowledged, of sequences up to "
-            f"{self.expected}: it was deleted and made again, or an older copy of it was restored. What the journal has "
+            f"{self.expected}: it was deleted and made again, or an older copy restored. What the journal has "
             "kept is published again; what of it the database has is not counted twice"
         )
 
