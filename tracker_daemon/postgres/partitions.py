@@ -89,7 +89,7 @@ class Outcome:
         unreadable: how many were no batches.
         rows: threads inserted or updated.
         skipped: threads without a row, left alone.
-        letters: deltas set aside.
+        letters: deltas set aside, each with its batch.
     """
 
     new: list[Batch] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Outcome:
     unreadable: int = 0
     rows: int = 0
     skipped: int = 0
-    letters: list[DeadLetter] = field(default_factory=list)
+    letters: list[tuple[Batch, DeadLetter]] = field(default_factory=list)
 
     def add(self, other: Outcome) -> None:
         """Count *other* as well."""
@@ -155,6 +155,9 @@ class PartitionSink(PostgresSink):
                 raise await self._failed(session, error, f"applying {len(messages)} messages") from error
             if not await self._rolled_back(session):
                 raise await self._failed(session, error, f"applying {len(messages)} messages") from error
+        batches = [message.batch for message in messages if message.batch is not None]
+        # What waits behind a row that may be bad, or the table: see `PostgresSink`.
+        self.following = lambda batch: [delta for each in batches if each is not batch for delta in each.deltas]
         total = Outcome()
         for message in messages:
             total.add(await self._alone(place, message))
@@ -280,7 +283,8 @@ class PartitionSink(PostgresSink):
             raise fault from error
         self._in_doubt.pop(identity_of(batch), None)
         place.position = message.position
-        return Outcome([batch], rows=applied.rows, skipped=applied.skipped, letters=list(applied.dead_letters))
+        letters = [(batch, letter) for letter in applied.dead_letters]
+        return Outcome([batch], rows=applied.rows, skipped=applied.skipped, letters=letters)
 
     async def _advance(self, session: Session, batch: Batch) -> bool:
         assert self._moving is not None
