@@ -23,12 +23,13 @@ from itertools import chain
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
+from tracker_daemon.delta import unpacked
 from tracker_daemon.generation import Generation, summed
 from tracker_daemon.intake import Intake
 from tracker_daemon.sealed import Sealed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from random import Random
 
     from tracker_daemon.books import Books
@@ -206,12 +207,12 @@ class Backlog(Intake):
                 sealed.batches = deque(generation.batches(self.max_batch_size))
                 self._recount(self._in_memory)
 
-    def following(self, batch: tuple[ThreadDelta, ...], most: int, random: Random) -> list[ThreadDelta]:
+    def following(self, batch: Sequence[ThreadDelta], most: int, random: Random) -> list[ThreadDelta]:
         """Return copies of a few deltas, at random, of those in memory that wait beside *batch*."""
         with self.lock:
-            sealed = (each for window in self.sealed for each in window.batches if each is not batch)
-            waiting = [*chain.from_iterable(sealed), *self._window.all()]
-            return [delta.copy() for delta in random.sample(waiting, min(most, len(waiting)))]
+            sealed = (each.rows for window in self.sealed for each in window.batches if each is not batch)
+            waiting = [*chain.from_iterable(sealed), *self._window.rows()]
+            return list(map(unpacked, random.sample(waiting, min(most, len(waiting)))))
 
     def lose_stored_head(self, window: Window) -> None:
         """Give up a stored window whose files are gone: count it as lost."""
