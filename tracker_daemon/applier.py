@@ -169,7 +169,7 @@ class Applier:
         applied = await self._sink.apply(replace(batch, epoch=position.epoch))
         if not isinstance(applied, Applied):
             raise TypeError(f"{type(self._sink).__name__}.apply must return Applied, got {applied!r}")
-        self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence)
+        self._positions[producer] = self._acknowledged[producer] = Opened(position.epoch, sequence, position.database)
         self._numbers.ledger = (str(producer), position.epoch, sequence)
         self._sign_at = self._clock.monotonic() + SIGN_OF_LIFE
         return applied

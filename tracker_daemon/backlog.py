@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from itertools import chain
+from itertools import islice
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -208,11 +208,14 @@ class Backlog(Intake):
                 self._recount(self._in_memory)
 
     def following(self, batch: Sequence[ThreadDelta], most: int, random: Random) -> list[ThreadDelta]:
-        """Return copies of a few deltas, at random, of those in memory that wait beside *batch*."""
+        """Return a few deltas of those in memory that wait beside *batch*, of other batches and of the window."""
         with self.lock:
-            sealed = (each.rows for window in self.sealed for each in window.batches if each is not batch)
-            waiting = [*chain.from_iterable(sealed), *self._window.rows()]
-            return list(map(unpacked, random.sample(waiting, min(most, len(waiting)))))
+            found = list(islice(self._window.all(), most))
+            for window in self.sealed:
+                for each in window.batches:
+                    if each is not batch:
+                        found += map(unpacked, random.sample(each.rows, min(most, len(each))))
+        return random.sample(found, min(most, len(found)))
 
     def lose_stored_head(self, window: Window) -> None:
         """Give up a stored window whose files are gone: count it as lost."""

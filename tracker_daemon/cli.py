@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     sys.stderr.write("tracker-daemon: the command line needs click: pip install click\n")
     sys.exit(2)
 
-from tracker_daemon import journal_command, serve_command
+from tracker_daemon import journal_command, serve_command, stream_command
 from tracker_daemon.options import DATABASE
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _PREFIX: Final = "TRACKER_"
 _FILE: Final = "_FILE"
 _TOLD: Final = 20  # refused letters, of which each may have an error of some lines
-_SECRET: Final = frozenset({"TRACKER_DATABASE"})
+_SECRET: Final = frozenset({"TRACKER_DATABASE", "TRACKER_STREAM"})
 # What Kubernetes sets in every container for a service named tracker or tracker-daemon.
 _OF_KUBERNETES: Final = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 
@@ -353,7 +353,10 @@ def _print(lines: list[str]) -> None:
 
 
 program.add_command(journal_command.group(setting, _one_line, _database, _table))
-for _command in serve_command.commands(setting, _one_line, _database, _table):
+for _command in (
+    *serve_command.commands(setting, _one_line, _database, _table),
+    *stream_command.commands(setting, _one_line, _database, _table),
+):
     program.add_command(_command)
 
 

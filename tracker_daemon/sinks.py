@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tracker_daemon.settings import Settings
 
 _DAEMON = ("http", "https", "unix")
-_LATER = ("nats",)
+_STREAM = ("nats", "tls")
 _SOCKET_PATH = 107
 
 
@@ -44,12 +44,13 @@ def _from_url(url: str, settings: Settings) -> Callable[[], Sink]:
         return _embedded(Path(rest), settings)
     if colon and scheme in _DAEMON:
         return _from_daemon(url, scheme, rest)
-    if colon and scheme in _LATER:
-        raise ConfigError("sink", f"has the scheme {scheme}:, which this version does not speak", url)
+    if colon and scheme in _STREAM:
+        return _stream(url)
     if not (colon and scheme in ("postgresql", "postgres")) and "=" not in url:
         # The value is not shown: it may be a URL with a password and a typing error.
         raise ConfigError(
-            "sink", "must begin with postgresql:, embedded:, http:, https: or unix:, or be a key=value conninfo"
+            "sink",
+            "must begin with postgresql:, embedded:, http:, https:, unix:, nats: or tls:, or be a key=value conninfo",
         )
     try:
         from tracker_daemon.postgres.connection import Connector  # noqa: PLC0415 - a MemorySink needs no libpq
@@ -83,6 +84,17 @@ def _from_daemon(url: str, scheme: str, rest: str) -> Callable[[], Sink]:
     if scheme == "unix":
         return lambda: HttpSink("http://tracker-daemon", socket=where, token=token)
     return lambda: HttpSink(where, socket=None, token=token)
+
+
+def _stream(url: str) -> Callable[[], Sink]:
+    from tracker_daemon.stream.address import address  # noqa: PLC0415
+
+    found = address(url, "sink")
+    try:
+        from tracker_daemon.stream.sink import NatsSink  # noqa: PLC0415 - only who has a stream needs it
+    except ImportError as error:
+        raise ConfigError("sink", "needs an extra: pip install '.[nats]' in a checkout") from error
+    return lambda: NatsSink(found)
 
 
 def _token(file: str) -> Callable[[], str | None]:

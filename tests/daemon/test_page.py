@@ -67,6 +67,7 @@ class Daemon:
             "journal": {"directory": "/var/lib/journal", "bytes": 13_421_773, "segments": 2, "degraded": False},
             "clients": 9,
             "errors": [],
+            "stream": None,
             "config": {
                 "flush_interval": 0.25,
                 "max_pending": 2_000,
@@ -315,6 +316,24 @@ def test_numbers_and_states(browser: Chromium, daemon: Daemon) -> None:
         tab.wait("document.title === 'Not ready \u00b7 tracker_daemon'")
         assert tab.text("#reason") == "the database does not answer"
         assert tab.faults() == []
+
+
+@needs_chromium
+def test_a_consumer_shows_its_partitions(browser: Chromium, daemon: Daemon) -> None:
+    """Of a stream's consumer it shows where each partition stands, and why one does not go on, in the ledger's place."""
+    with browser.tab() as tab:
+        opened(tab, daemon)
+        visible = "['stream-card', 'producer-cards'].map((id) => document.getElementById(id).offsetHeight > 0)"
+        assert tab.evaluate(visible) == [False, True]
+        mine = {"partition": 0, "owned": True, "position": 41, "lag": 7, "bytes": 1 << 20, "max_bytes": 1 << 30}
+        others = {"partition": 1, "owned": False, "position": 0, "lag": 0, "bytes": 0, "max_bytes": 0, "fault": ""}
+        daemon.status["stream"] = [{**mine, "fault": NASTY}, others]
+        tab.wait("document.querySelectorAll('#stream > div').length === 2")
+        assert tab.evaluate(visible) == [True, False]
+        found = facts(tab, "#stream")
+        assert found["partition 0"].startswith("applied 41, 7 behind, 1.0 MiB of 1.0 GiB: </dd><script>")
+        assert found["partition 1"].startswith("read by another")
+        assert not tab.evaluate("'ran' in window")
 
 
 @needs_chromium

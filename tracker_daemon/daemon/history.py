@@ -83,6 +83,23 @@ class Journal(TypedDict):
     """Accepted calls are held in memory only, because writing failed."""
 
 
+class StreamPartition(TypedDict):
+    """A partition of the stream."""
+
+    partition: int
+    owned: bool
+    """Read by this consumer; else the rest is 0."""
+    position: int
+    """The last message that is applied."""
+    lag: int
+    """Messages behind it."""
+    bytes: int
+    """In the log, of which `max_bytes` may be."""
+    max_bytes: int
+    fault: str
+    """Why it does not go on; empty if it does."""
+
+
 Error = TypedDict("Error", {"at": float, "class": str, "text": str})
 """An error of the sink or the journal: seconds since 1970; its class as in `tracker_database_errors_total`; what it
 said, cut at some hundred characters. It comes from outside and may hold anything but credentials."""
@@ -110,6 +127,8 @@ class Status(TypedDict):
     """Connections that are open now."""
     errors: list[Error]
     """Newest first, at most 50. Equal ones are shown as one."""
+    stream: list[StreamPartition] | None
+    """Of a consumer, its stream's partitions; the ledger is then of no one, and there is no journal."""
     config: dict[str, Setting]
     """By name of the option. No secret gets here: the page shows all of it."""
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import resource
 import signal
-import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.bearer import Token
+from tracker_daemon.daemon.log import log_to_stderr, set_level
 from tracker_daemon.daemon.options import Options, group_id
 from tracker_daemon.daemon.process import Process, bind_all, removed_at_end
 from tracker_daemon.daemon.relay import Relay
@@ -193,7 +190,7 @@ def run(plan: Plan) -> int:
     Raises:
         ConfigError, JournalError, EmbeddedPostgresError: it cannot start.
     """
-    _log_to_stderr(plan)
+    log_to_stderr(plan.level(), plan.log_format)
     _until_it_serves()
     with ExitStack() as stack:
         database = plan.database
@@ -274,45 +271,6 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
     def reload() -> None:
         if token is not None:
             token.reload()
-        _set_level(plan.level())
+        set_level(plan.level())
 
     return await Process(service, sockets, plan.shutdown_timeout, plan.linger, reload).run()
-
-
-# -- the log ---------------------------------------------------------------------------------------
-
-
-class _Json(logging.Formatter):
-    """A JSON object a line: time, level, logger, event, and the event's fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = dict(getattr(record, "tracker", None) or {"event": record.getMessage()})
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name}
-        line |= {"event": fields.pop("event", None), **fields}
-        return json.dumps(line, default=str, ensure_ascii=False)
-
-
-def _log_to_stderr(plan: Plan) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = _Json() if plan.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    formatter.converter = time.gmtime
-    formatter.default_time_format, formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-    handler.setFormatter(formatter)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel("WARNING")
-    # What is wrong with a request is its sender's to know: any client would write the log at its own rate.
-    logging.getLogger("uvicorn").setLevel("ERROR")
-    logging.getLogger("tracker_daemon").setLevel(plan.level().upper())
-
-
-def _set_level(level: str) -> None:
-    """Set the log's level, and say so under the one of the two that lets more through."""
-    logger = logging.getLogger("tracker_daemon")
-    old, new = logger.level, logging.getLevelNamesMapping()[level.upper()]
-    logger.setLevel(min(old, new))
-    if old != new:
-        get_logger().warning("log_level_changed", to=level)
-    logger.setLevel(new)

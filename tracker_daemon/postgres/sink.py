@@ -129,12 +129,10 @@ class PostgresSink:
             if fault.kind == "timeout":
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
             if fault.kind in faults.IN_DOUBT and not session.connection.broken:
-                self._in_doubt[_identity(batch)] += 1
-                while len(self._in_doubt) > _MOST_IN_DOUBT:
-                    del self._in_doubt[next(iter(self._in_doubt))]
+                self._count_doubt(batch)
             raise fault from error
         self._timeout = self._first_timeout
-        self._in_doubt.pop(_identity(batch), None)
+        self._in_doubt.pop(identity_of(batch), None)
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
@@ -273,8 +271,7 @@ class PostgresSink:
             await copy.write(encoding.COPY_END)
         # After the COPY: while the server waits for its rows no deadline runs there, and when the network goes then,
         # a lock held would keep every later try away.
-        await cursor.execute(session.statements["advance"], _key(batch))
-        if await cursor.fetchone() is None:
+        if not await self._advance(session, batch):
             await connection.rollback()
             return await self._not_moved(session, batch)
         await cursor.execute(session.statements.merging("merge_stage", batch), rows.parameters())
@@ -282,6 +279,11 @@ class PostgresSink:
         await connection.execute("COMMIT")
         assert row is not None  # a SELECT of counts
         return self._applied(batch, row[1], row[2])
+
+    async def _advance(self, session: Session, batch: Batch) -> bool:
+        cursor = session.cursor()
+        await cursor.execute(session.statements["advance"], _key(batch))
+        return await cursor.fetchone() is not None
 
     async def _begin(self, session: Session) -> None:
         # No pipeline: the server watches the time between two statements only after the Sync that ends each of them.
@@ -314,19 +316,22 @@ class PostgresSink:
 
     # -- bad data ----------------------------------------------------------------------------------
 
+    def _count_doubt(self, batch: Batch) -> None:
+        self._in_doubt[identity_of(batch)] += 1
+        while len(self._in_doubt) > _MOST_IN_DOUBT:
+            del self._in_doubt[next(iter(self._in_doubt))]
+
     def _doubts(self, batch: Batch) -> list[Exception] | None:
         """Return where errors go that may be about the table as well; `None`: they are not looked into yet."""
-        return [] if self._in_doubt[_identity(batch)] >= _TRIES_IN_DOUBT else None
+        return [] if self._in_doubt[identity_of(batch)] >= _TRIES_IN_DOUBT else None
 
     async def _flush_apart(self, session: Session, batch: Batch) -> Applied:
-        connection, cursor = session.connection, session.cursor()
+        connection = session.connection
         with session.deadline(self._timeout):
             await self._begin(session)
             # A deferred constraint would refuse the whole transaction at its end.
             await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            await cursor.execute(session.statements["advance"], _key(batch))
-            moved = await cursor.fetchone()
-            if moved is None:
+            if not await self._advance(session, batch):
                 await connection.rollback()
                 return await self._not_moved(session, batch)
         # In the order of the locks, so that the halves take them in order too.
@@ -384,7 +389,8 @@ class PostgresSink:
         return row[1], row[2]
 
 
-def _identity(batch: Batch) -> tuple[UUID, int, int, int]:
+def identity_of(batch: Batch) -> tuple[UUID, int, int, int]:
+    """Return what names *batch*."""
     return batch.producer, batch.lane, batch.epoch, batch.sequence
 
 

@@ -67,6 +67,18 @@ function showJournal({ journal }) {
   ]);
 }
 
+/** Of a consumer: where each partition stands, in place of a producer's ledger and journal. */
+function showStream({ stream }) {
+  byId("stream-card").hidden = !stream;
+  byId("producer-cards").hidden = Boolean(stream);
+  list(byId("stream"), (stream ?? []).map((each) => {
+    if (!each.owned) return [`partition ${each.partition}`, "read by another consumer, or by none", "off"];
+    const filled = each.max_bytes > 0 ? `, ${size(each.bytes)} of ${size(each.max_bytes)}` : "";
+    const text = `applied ${count(each.position)}, ${count(each.lag)} behind${filled}`;
+    return [`partition ${each.partition}`, each.fault ? `${text}: ${each.fault}` : text, each.fault ? "bad" : ""];
+  }));
+}
+
 /** Errors with equal ones as one, where the newest of them stands: {at, from, class, text, times}. */
 function kinds(errors) {
   const found = new Map();
@@ -122,6 +134,7 @@ function take(answer) {
   showTotals(status);
   showLedger(status);
   showJournal(status);
+  showStream(status);
   showErrors(status);
   showConfig(status);
   showCharts(status);
