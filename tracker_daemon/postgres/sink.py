@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
 # Deltas encoded at once.
-_PART: Final = 250
+_PART: Final = 500
 _LARGEST_PART: Final = 10_000
 # Deltas looked at once, which is quicker.
 _LOOKED_AT: Final = 2_500
