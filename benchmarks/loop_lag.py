@@ -11,6 +11,7 @@ tracker, while two other processes keep two cores busy, as the worker and Postgr
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ def main() -> None:
         for _ in range(run.rounds):
             for kind, found in added.items():
                 heap = [{"n": n, "l": [n]} for n in range(run.size(100_000, 100))] if kind else []
+                gc.collect()  # of the host's own objects, as they were made
                 rest, loaded, series = asyncio.run(host(server.conninfo, calls, run.size(1, 1)))
                 del heap
                 found.append((percentile(loaded, 0.99) - percentile(rest, 0.99), max(loaded) - max(rest)))

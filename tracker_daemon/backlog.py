@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from itertools import islice
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -208,9 +207,13 @@ class Backlog(Intake):
                 self._recount(self._in_memory)
 
     def following(self, batch: Sequence[ThreadDelta], most: int, random: Random) -> list[ThreadDelta]:
-        """Return a few deltas of those in memory that wait beside *batch*, of other batches and of the window."""
+        """Return a few deltas of those in memory that wait beside *batch*, of other batches and of the window.
+
+        Each of them may be among those: were they always the first ones, a few bad rows there would hide all others.
+        """
         with self.lock:
-            found = list(islice(self._window.all(), most))
+            first = random.randrange(max(1, len(self._window) - most + 1))
+            found = self._window.part(first, most)
             for window in self.sealed:
                 for each in window.batches:
                     if each is not batch:

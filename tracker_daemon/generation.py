@@ -63,14 +63,19 @@ class Generation:
     @property
     def calls(self) -> int:
         """How many calls are summed here."""
-        return sum(map(calls_of, self._rows()))
+        return sum(map(calls_of, self.rows()))
 
-    def _rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
+        """Yield every row, in the order of the batches."""
         return chain(self.deltas.values(), self.followers.values())
 
     def all(self) -> Iterator[ThreadDelta]:
         """Yield every delta, in the order of the batches."""
-        return map(unpacked, self._rows())
+        return map(unpacked, self.rows())
+
+    def part(self, first: int, most: int) -> list[ThreadDelta]:
+        """Return at most so many deltas, from the *first* one on."""
+        return [unpacked(row) for row in islice(self.rows(), first, first + most)]
 
     def of(self, thread_id: str) -> Iterator[ThreadDelta]:
         """Yield what the generation holds of one thread, in order."""

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tracker_daemon.journal.journal import Journal
 
 # Calls folded at once.
-_CHUNK: Final = 500
+_CHUNK: Final = 250
 _LARGEST_CHUNK: Final = 20_000
 _WHILE: Final = 0.001
 # A caller may be suspended between looking at the gate and appending. Its call is found by these second looks

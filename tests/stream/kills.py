@@ -73,7 +73,7 @@ class TwiceSink(NatsSink):
             await broker.publish(partition, due[2], 2.0)
             self._met["published again late"] += 1
         for message in list(messages):
-            await super()._publish_in_order(broker, partition, messages[:1])
+            await super()._publish_in_order(broker, partition, [message])
             del messages[0]
             self._met["published"] += 1
             if self._chance.random() < 0.02:

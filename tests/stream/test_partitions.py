@@ -260,7 +260,7 @@ def test_bad_rows_among_many(database: str) -> None:
             some[7] = turn("t7", "bad", 5)
             batch = Batch(PRODUCERS[1], LANE, 0, 9, tuple(some))
             outcome = await sink.apply_logged(place, [*messages(1, 2), Logged(3, batch), *messages(4, 4)])
-            assert [letter.delta.thread_id for letter in outcome.letters] == ["t7"]
+            assert [(b, letter.delta.thread_id) for b, letter in outcome.letters] == [(batch, "t7")]
             assert len(outcome.new) == 4
 
     asyncio.run(run())
@@ -268,6 +268,35 @@ def test_bad_rows_among_many(database: str) -> None:
         (PRODUCERS[1], LANE, 9, "t7")
     ]
     assert query(database, "SELECT count(*), sum(turn_count) FROM conversations") == [(20, 22)]
+
+
+def test_a_row_in_doubt_alone_in_its_message(database: str) -> None:
+    """A message whose only row fails by what may be the table's fault is set aside once one behind it goes through."""
+    with psycopg.connect(database) as connection:
+        connection.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF new.agents_used @> '{bad}' THEN PERFORM no_such_function(); END IF; RETURN new; END $$"
+        )
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON conversations FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+
+    async def run() -> int:
+        bad = Logged(1, Batch(PRODUCERS[1], LANE, 0, 1, (turn("worse", "bad"),)))
+        async with owner(database) as (sink, place):
+            for tries in range(6):
+                try:
+                    outcome = await sink.apply_logged(place, [bad, *messages(2, 3)])
+                except (SinkFault, SchemaError):
+                    await sink.look(place)
+                    assert place.position == 0
+                else:
+                    assert [letter.delta.thread_id for _, letter in outcome.letters] == ["worse"]
+                    return tries
+        raise AssertionError("it is held for ever")
+
+    assert asyncio.run(run()) == 3
+    assert query(database, "SELECT thread_id, turn_count FROM conversations") == [("t", 2)]
 
 
 def test_a_table_at_fault_loses_nothing(database: str) -> None:

@@ -211,6 +211,41 @@ def test_a_journal_of_the_stream_goes_on(stream: str, database: str, trackers: T
         wait_until(lambda: total(database) == (4**7 - 1) // 3, "every call")
 
 
+def test_a_log_that_was_lost_comes_again(stream: str, database: str, trackers: Trackers, tmp_path: Path) -> None:
+    """A stream that is made anew under a tracker gets again what the tracker's journal has kept, before what follows."""
+    tracker = trackers(stream, journal=tmp_path / "journal", flush_interval=0.01)
+    for number in range(5):
+        assert tracker.record_turn("t0", "a", 4**number)
+        tracker.flush(30)
+    asyncio.run(delete(stream))
+    make_stream(stream, 2)
+    for number in range(5, 8):
+        assert tracker.record_turn("t0", "a", 4**number)
+        tracker.flush(30)
+    with Consuming(stream, database):
+        wait_until(lambda: total(database) == (4**8 - 1) // 3, "every call")
+    assert tracker.stats().applied == 8
+
+
+def test_what_is_purged_is_not_lost(stream: str, database: str, trackers: Trackers) -> None:
+    """That its last messages were applied and purged is nothing to a tracker."""
+    errors: list[BaseException] = []
+    tracker = trackers(stream, flush_interval=0.01, on_error=errors.append)
+
+    async def purge() -> None:
+        async with opened_broker(stream) as broker:
+            for facts in await broker.partitions():
+                await broker.purge(facts.partition, facts.last + 1)
+
+    with Consuming(stream, database):
+        for number in range(4):
+            assert tracker.record_turn("t0", "a", 4**number)
+            tracker.flush(30)
+            wait_until(lambda number=number: total(database) == (4 ** (number + 1) - 1) // 3, "the call")  # type: ignore[misc]
+            asyncio.run(purge())
+    assert errors == []
+
+
 def test_a_full_stream_holds_publishers_back(cluster: Cluster, database: str, trackers: Trackers) -> None:
     """A stream that is full takes nothing and drops nothing: calls wait, and go through once there are consumers."""
     url = cluster.url(f"s{uuid4().hex[:8]}")

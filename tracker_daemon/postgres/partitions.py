@@ -13,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 from base64 import b64encode
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from tracker_daemon.postgres.session import Session
 
 _MOST_KNOWN: Final = 100_000
-_MOST_IDLE: Final = 3_000
+_MUCH: Final = 2_000
+_MOST_IDLE: Final = 5_000
 """Milliseconds between two statements of a transaction."""
 _UNREADABLE: Final = "(unreadable message)"
 
@@ -89,7 +91,7 @@ class Outcome:
         unreadable: how many were no batches.
         rows: threads inserted or updated.
         skipped: threads without a row, left alone.
-        letters: deltas set aside.
+        letters: deltas set aside, each with its batch.
     """
 
     new: list[Batch] = field(default_factory=list)
@@ -97,7 +99,7 @@ class Outcome:
     unreadable: int = 0
     rows: int = 0
     skipped: int = 0
-    letters: list[DeadLetter] = field(default_factory=list)
+    letters: list[tuple[Batch, DeadLetter]] = field(default_factory=list)
 
     def add(self, other: Outcome) -> None:
         """Count *other* as well."""
@@ -155,6 +157,9 @@ class PartitionSink(PostgresSink):
                 raise await self._failed(session, error, f"applying {len(messages)} messages") from error
             if not await self._rolled_back(session):
                 raise await self._failed(session, error, f"applying {len(messages)} messages") from error
+        batches = [message.batch for message in messages if message.batch is not None]
+        # What waits behind a row that may be bad, or the table: see `PostgresSink`.
+        self.following = lambda batch: [delta for each in batches if each is not batch for delta in each.deltas]
         total = Outcome()
         for message in messages:
             total.add(await self._alone(place, message))
@@ -169,11 +174,11 @@ class PartitionSink(PostgresSink):
     async def _together(self, session: Session, place: Place, messages: Sequence[Logged]) -> Outcome:
         # Made ready before the transaction, which holds locks, by where producers stood last; that is looked up in it.
         expected = {m.batch.producer: self._known.get(m.batch.producer, 0) for m in messages if m.batch is not None}
-        ready = _made_ready(messages, expected)
+        ready = await self._made_ready(messages, expected)
         await self._begin(session)
         found = await self._move(session, place, messages)
         if (found := {producer: found.get(producer, 0) for producer in expected}) != expected:
-            ready = _made_ready(messages, found)
+            ready = await self._made_ready(messages, found)
         outcome = Outcome(list(ready.outcome.new), ready.outcome.duplicates, ready.outcome.unreadable)
         await self._advance_producers(session, place, ready.producers)
         for batch, rows, parameters in ready.groups:
@@ -189,6 +194,12 @@ class PartitionSink(PostgresSink):
             self._known.clear()
         self._known |= ready.producers
         return outcome
+
+    async def _made_ready(self, messages: Sequence[Logged], known: dict[UUID, int]) -> _Ready:
+        """Return what is written of *messages*; much of it is made in a thread, while other partitions go on."""
+        if sum(len(message.batch.deltas) for message in messages if message.batch is not None) < _MUCH:
+            return _made_ready(messages, known)
+        return await asyncio.get_running_loop().run_in_executor(None, _made_ready, messages, known)
 
     async def _move(self, session: Session, place: Place, messages: Sequence[Logged]) -> dict[UUID, int]:
         """Move the position; return what is known of the messages' producers."""
@@ -280,7 +291,8 @@ class PartitionSink(PostgresSink):
             raise fault from error
         self._in_doubt.pop(identity_of(batch), None)
         place.position = message.position
-        return Outcome([batch], rows=applied.rows, skipped=applied.skipped, letters=list(applied.dead_letters))
+        letters = [(batch, letter) for letter in applied.dead_letters]
+        return Outcome([batch], rows=applied.rows, skipped=applied.skipped, letters=letters)
 
     async def _advance(self, session: Session, batch: Batch) -> bool:
         assert self._moving is not None

@@ -44,6 +44,8 @@ _CLOSE: Final = 2.0
 _FULL: Final = 10077
 _FULL_MESSAGES: Final = 10047
 _NO_MESSAGE: Final = 10037
+_WRONG_LAST: Final = 10071
+_AFTER: Final = "Nats-Expected-Last-Subject-Sequence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,10 @@ class Raw:
             return datetime.fromisoformat(self.headers["Nats-Time-Stamp"][:26].rstrip("Z") + "Z").timestamp()
         except (KeyError, ValueError):
             return 0.0
+
+
+class Elsewhere(Exception):  # noqa: N818 - says what is the case
+    """The last message of a subject does not stand where it was."""
 
 
 @dataclass(slots=True)
@@ -244,14 +250,38 @@ class Broker:
 
     # -- messages ----------------------------------------------------------------------------------
 
-    async def publish(self, partition: int, message: Message, timeout: float) -> None:  # noqa: ASYNC109 - handed on
-        """Return when the stream's quorum has *message*."""
+    async def publish(
+        self,
+        partition: int,
+        message: Message,
+        timeout: float,  # noqa: ASYNC109 - handed on
+        after: int | None = None,
+    ) -> int:
+        """Return the position of *message* when the stream's quorum has it.
+
+        Args:
+            partition: where.
+            message: what.
+            timeout: seconds for it.
+            after: where the last message of its subject must stand; `None`: anywhere.
+
+        Raises:
+            Elsewhere: it stands elsewhere, and nothing was stored.
+        """
         js = await self._js()
         name = stream_of(self.address.name, partition)
-        await self._ask(
-            f"publishing to {name}",
-            js.publish(message.subject, message.body, timeout=timeout, stream=name, headers=dict(message.headers)),
-        )
+        headers = dict(message.headers)
+        if after is not None:
+            headers[_AFTER] = str(after)
+        try:
+            stored = await js.publish(message.subject, message.body, timeout=timeout, stream=name, headers=headers)
+        except nats.js.errors.APIError as error:
+            if error.err_code == _WRONG_LAST:
+                raise Elsewhere from error
+            raise _fault(error, f"publishing to {name}") from error
+        except Exception as error:
+            raise _fault(error, f"publishing to {name}") from error
+        return stored.seq
 
     async def last_of(self, partition: int, producer: UUID) -> dict[str, str] | None:
         """Return the headers of a producer's last message in a partition, as the leader knows it; `None`: none."""

@@ -285,14 +285,16 @@ class Consumer:
         numbers.flush_rows.observe(outcome.rows)
         self._skipped += outcome.skipped
         # A thread stands once in a batch, and in several batches of a window.
-        dead = {id(letter.delta): letter.reason for letter in outcome.letters}
+        dead = {
+            (batch.producer, batch.sequence, letter.delta.thread_id): letter.reason for batch, letter in outcome.letters
+        }
         oldest = now
         for batch in outcome.new:
             self.producers[batch.producer] = now
             self.deltas += len(batch.deltas)
             for delta in batch.deltas:
                 oldest = min(oldest, delta.first_at / 1e6)
-                if reason := dead.get(id(delta)):
+                if reason := dead and dead.get((batch.producer, batch.sequence, delta.thread_id)):
                     self._dead[reason] += delta.calls
                 else:
                     self._applied["ensure_conversation"] += delta.ensures
@@ -301,7 +303,7 @@ class Consumer:
         numbers.commit_lag_seconds.observe(max(0.0, now - oldest))
         if len(self.producers) > _MOST_PRODUCERS:
             self.producers = {name: at for name, at in self.producers.items() if now - at < _PRODUCER_IS_GONE}
-        for letter in outcome.letters[:_TOLD]:
+        for _, letter in outcome.letters[:_TOLD]:
             get_logger().error(
                 "dead_letter",
                 thread_id=letter.delta.thread_id,

@@ -5,9 +5,11 @@ Rules:
    it to the database, once: each message is a batch with an identity to the producer's ledger rows there.
 2. One message is in flight per partition; partitions go in parallel. A message of unknown outcome is published again,
    as it was, before anything later: of copies, however late, the ledger keeps the first.
-3. There is no ledger to ask. Where a life stands is what its last messages say; where they are gone they are applied,
+3. Each message follows the last one of its producer that was acknowledged, or is not stored: a log that has lost it, as
+   a stream made anew has, is noticed before anything is published behind the loss; what the journal has comes again.
+4. There is no ledger to ask. Where a life stands is what its last messages say; where they are gone they are applied,
    since nothing else is purged. What is published again without need costs a comparison.
-4. A life that was opened by anything but this stream may have been applied elsewhere: it is refused, not guessed about.
+5. A life that was opened by anything but this stream may have been applied elsewhere: it is refused, not guessed about.
    A stream that was deleted and made again, of as many partitions, goes for the same: the ledger behind it is.
 """
 
@@ -18,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tracker_daemon.errors import SchemaError
 from tracker_daemon.logs import get_logger
-from tracker_daemon.sink import Applied, LedgerMissing, Opened, SinkFault
-from tracker_daemon.stream.broker import Broker
+from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened, SinkFault
+from tracker_daemon.stream.broker import Broker, Elsewhere
 from tracker_daemon.stream.facts import identity, is_same_but_for_time
 from tracker_daemon.stream.messages import batch_of, encode, last_sequence
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from tracker_daemon.stream.messages import Message
 
 _PUBLISH: Final = 10.0
+_TRIES: Final = 5
+_MOST_STORED: Final = 10_000
 
 
 class OpenedElsewhere(LedgerMissing):
@@ -42,6 +46,17 @@ class OpenedElsewhere(LedgerMissing):
             f"producer {self.producer} was registered elsewhere than in this stream: in a database or another stream. "
             "Whether its batches were applied there cannot be known here, and nothing of it is published. Give the "
             "tracker back the address that it had, or a journal directory of its own for the stream"
+        )
+
+
+class LogLost(LedgerRegressed):
+    """The stream has lost what it had acknowledged to this process."""
+
+    def __str__(self) -> str:
+        return (
+            f"the stream has lost messages of producer {self.producer} that it had acknowledged, of sequences up to "
+            f"{self.expected}: it was deleted and made again, or an older copy restored. What the journal has "
+            "kept is published again; what of it the database has is not counted twice"
         )
 
 
@@ -58,6 +73,10 @@ class NatsSink:
         self._broker: Broker | None = None
         self._partitions = 0
         self._identity = 0
+        self._created: list[str] = []
+        self._stored: dict[str, int] = {}
+        """By subject, where the last message stands that was acknowledged to this process."""
+        self._losses = 0
         self._in_hand: tuple[UUID, int] | None = None
         self._left: list[list[Message]] = []
         self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
@@ -124,6 +143,7 @@ class NatsSink:
         ]:
             raise SchemaError(f"the stream cannot be relied on: {'; '.join(faults)}. See tracker-daemon stream status")
         self._partitions = len(partitions)
+        self._created = [each.created for each in partitions]
         self._identity = identity(self._address.name, partitions)
 
     # -- publishing --------------------------------------------------------------------------------
@@ -137,6 +157,8 @@ class NatsSink:
             # Frozen until all of it is acknowledged; what was is taken off.
             self._left = encode(self._address.name, batch, self._partitions)
             self._in_hand = name
+            if len(self._stored) > _MOST_STORED:
+                self._stored.clear()
         results = await asyncio.gather(
             *(self._publish_in_order(broker, number, messages) for number, messages in enumerate(self._left)),
             return_exceptions=True,
@@ -148,8 +170,37 @@ class NatsSink:
 
     async def _publish_in_order(self, broker: Broker, partition: int, messages: list[Message]) -> None:
         while messages:
-            await broker.publish(partition, messages[0], self._publish_timeout)
+            subject = messages[0].subject
+            after = self._stored.get(subject)
+            try:
+                stored = await broker.publish(partition, messages[0], self._publish_timeout, after)
+            except Elsewhere:
+                await self._look_for(broker, partition, subject, after or 0)
+                continue
+            self._stored[subject] = stored
+            self._losses = 0
             del messages[0]
+
+    async def _look_for(self, broker: Broker, partition: int, subject: str, after: int) -> None:
+        """Find out why the last message of ours is not where it was acknowledged; return if that is as it should be.
+
+        It was purged, and so applied; or a try of unknown outcome was stored behind it. Else the log has lost it.
+        """
+        facts = await broker.facts(partition)
+        producer = self._in_hand[0] if self._in_hand is not None else None
+        is_same = facts is not None and facts.created == self._created[partition]
+        if is_same and facts is not None and facts.last >= after:
+            self._stored.pop(subject, None)  # the ledger keeps the first of copies
+            return
+        self._losses += 1
+        if is_same and self._losses < _TRIES:
+            # A server that has just become the leader may not have all of it yet.
+            raise SinkFault("connection", f"partition {partition} of the stream does not show what it has acknowledged")
+        assert self._in_hand is not None
+        expected = self._in_hand[1] - 1
+        self._stored.clear()
+        self._in_hand, self._losses = None, 0
+        raise LogLost(str(producer), 0, expected, 0)
 
     # -- the loop ----------------------------------------------------------------------------------
 
