@@ -75,7 +75,7 @@ class Generation:
 
     def part(self, first: int, most: int) -> list[ThreadDelta]:
         """Return at most so many deltas, from the *first* one on."""
-        return [unpacked(row) for row in islice(self._rows(), first, first + most)]
+        return [unpacked(row) for row in islice(self.rows(), first, first + most)]
 
     def of(self, thread_id: str) -> Iterator[ThreadDelta]:
         """Yield what the generation holds of one thread, in order."""

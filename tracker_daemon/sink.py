@@ -55,8 +55,8 @@ class LedgerMissing(TrackerError):  # noqa: N818 - says what is the case
     def __str__(self) -> str:
         return (
             f"the ledger row of producer {self.producer} lane {self.lane} is gone: tracker_ledger was truncated, the "
-            "database was replaced by one without it, or a month has passed without a sign of life. Nothing more of this "
-            "producer is written: whether the batch in hand was applied cannot be known"
+            "database was replaced by one without it, or a month has passed without a sign of life. Nothing more of "
+            "this producer is written: whether the batch in hand was applied cannot be known"
         )
 
 
