@@ -22,6 +22,7 @@ RUN pip --python /opt/tracker install --require-hashes --only-binary :all: \
 
 FROM python:3.13-slim AS base
 LABEL org.opencontainers.image.title="tracker-daemon" \
+      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.description="Write-behind conversation tracking for chat servers: the daemon." \
       org.opencontainers.image.licenses="MIT"
 ENV PATH=/opt/tracker/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1

@@ -4,7 +4,7 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --python-version 3.13 --no-annotate \
 	--custom-compile-command 'make requirements'
 
-.PHONY: help demo test test-deploy requirements deploy-files dashboard bench soak soak-journal soak-journal-recovery
+.PHONY: help demo test test-deploy requirements deploy-files dashboard dashboard-picture bench soak soak-journal soak-journal-recovery
 .PHONY: soak-daemon lint types fmt cov clean
 .DEFAULT_GOAL := help
 
@@ -75,6 +75,9 @@ fmt: .venv/installed  ## put the code in format
 
 dashboard: .venv/installed  ## make the Grafana dashboard's JSON anew from its script
 	$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/dashboard.json
+
+dashboard-picture: .venv/deploy-tools  ## draw the dashboard from a demo run of five minutes; needs prometheus
+	$(BIN)/python deploy/grafana/demo_run.py --output docs/dashboard.png $(ARGS)
 
 clean:  ## remove what the targets made
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist .coverage*

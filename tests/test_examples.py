@@ -140,7 +140,7 @@ def test_quickstart(database: str, folder: Path) -> None:
     """The README's first example as a program: on a database of the user's, its conversation is in the table."""
     script = copied(folder, "quickstart.py")
     body = [line for line in code(0).splitlines() if line.startswith("        ")]
-    assert len(body) == 4
+    assert len(body) == 5
     assert all(line in script.read_text(encoding="utf-8").splitlines() for line in body)
     run = subprocess.run([sys.executable, script, database], capture_output=True, text=True, timeout=60, check=True)
     assert (run.stdout.count("TrackerStats(accepted=3, applied=3"), run.stderr) == (1, "")
@@ -258,6 +258,10 @@ class Site:
         """Send one request; a synchronous worker closes its connection, so the next one may get to the other."""
         return self._client.post(f"/threads/{path}", json=body)
 
+    def send(self, path: str, body: str) -> httpx.Response:
+        """Send a body as it is."""
+        return self._client.post(f"/threads/{path}", content=body)
+
     def close(self) -> None:
         """Let go of the connections."""
         self._client.close()
@@ -342,7 +346,18 @@ def test_django_gunicorn(database: str, folder: Path, kind: str) -> None:
         assert site.post("t-0-0/turns", {}).json()["accepted"]  # a turn without tokens
         site.digits.made["t-0-0"] += 0
         assert site.post("t-1-0/resolution", {"resolution_type": "resolved_by_agent"}).json()["accepted"]
-        assert site.post("t-1-0/resolution", {}).status_code == 400
+        # What is wrong with the request, in its own words; nothing of the program's.
+        answers = {
+            '{"tokens": "many"}': "tokens must be an integer, got 'many'",
+            "[1]": "the body must be an object",
+            "no": "the body must be JSON",
+        }
+        for body, error in answers.items():
+            answer = site.send("t-0-0/turns", body)
+            assert (answer.status_code, answer.json()) == (400, {"error": error})
+        answer = site.post("t-1-0/resolution", {})
+        assert answer.status_code == 400
+        assert answer.json() == {"error": "the body must be an object with resolution_type"}
         site.server.process.send_signal(signal.SIGTERM)
         outcome = site.server.end()
     assert outcome.returncode == 0
@@ -404,6 +419,16 @@ def node_client(folder: Path, url: str, token_file: Path) -> Iterator[tuple[Runn
     command = ["sh", "-c", 'exec "$0" "$1" "$2" "$3" < "$4"', node(), program, url, token_file, pipe]
     with running([str(word) for word in command]) as client:
         yield client, pipe
+
+
+@pytest.mark.parametrize("arguments", [(), ("localhost:8080",), ("http://127.0.0.1:8080", "token", "more")])
+def test_node_usage(folder: Path, arguments: tuple[str, ...]) -> None:
+    """Without the daemon's address the program says how it is called, and ends with 2."""
+    program = copied(folder, "node_fetch") / "client.mjs"
+    command = [node(), str(program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "usage: node client.mjs http://HOST:PORT [TOKEN_FILE] < calls.ndjson\n"
 
 
 class Lines:

@@ -10,6 +10,7 @@ import asyncio
 import multiprocessing
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -57,15 +58,13 @@ def flush_all(conninfo: str, job: tuple[UUID, int, int, int, int, bool], start: 
     producer, seed, flushes, size, copy_from, create_missing = job
 
     async def run() -> None:
-        sink = PostgresSink(
-            Connector(conninfo), (None, "conversations"), create_missing=create_missing, copy_from=copy_from
-        )
+        sink = PostgresSink(Connector(conninfo), (None, "conversations"), copy_from=copy_from)
         await sink.open(producer, 0)
         start.wait(PATIENCE)
         for batch in batches(producer, seed, flushes, size):
             while True:
                 try:
-                    applied = await sink.apply(batch)
+                    applied = await sink.apply(replace(batch, create_missing=create_missing))
                 except Exception as error:
                     faults.put(str(error))
                 else:

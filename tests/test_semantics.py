@@ -56,10 +56,7 @@ class World:
             run_migrate(conninfo, schema)
         connector = Connector(conninfo)
         self._sinks = {
-            (create_missing, schema): PostgresSink(
-                connector, (schema, "conversations"), create_missing=create_missing, copy_from=copy_from
-            )
-            for create_missing in (True, False)
+            schema: PostgresSink(connector, (schema, "conversations"), copy_from=copy_from)
             for schema, copy_from in (("arrays", ALWAYS_ARRAYS), ("copied", ALWAYS_COPY))
         }
         self.memory = MemorySink()
@@ -77,14 +74,14 @@ class World:
             for table in ("conversations", "tracker_ledger", "tracker_dead_letters"):
                 self.connection.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier(schema, table)))
 
-    def sinks(self, *, create_missing: bool = True) -> list[Any]:
+    def sinks(self) -> list[Any]:
         """Return both forms and a new memory sink."""
-        self.memory = MemorySink(create_missing=create_missing)
-        return [*(sink for key, sink in self._sinks.items() if key[0] is create_missing), self.memory]
+        self.memory = MemorySink()
+        return [*self._sinks.values(), self.memory]
 
     def play(self, history: History, *, create_missing: bool = True) -> list[Process]:
         """Send *history* to every sink."""
-        return self.runner.run(play(history, self.sinks(create_missing=create_missing), create_missing=create_missing))
+        return self.runner.run(play(history, self.sinks(), create_missing=create_missing))
 
     def reference(self, records: Iterable[Record]) -> dict[str, oracle.Row]:
         """Return what the reference leaves of *records*."""
@@ -463,9 +460,11 @@ EXISTING = {
 }
 
 
-def flush_calls(conninfo: str, table: str, records: Sequence[Record], **options: Any) -> list[Applied]:
+def flush_calls(
+    conninfo: str, table: str, records: Sequence[Record], *, create_missing: bool = True, **options: Any
+) -> list[Applied]:
     """Apply *records*, all of one window, to *table* as a tracker would; return the outcomes."""
-    process = Process([list(records)], options.get("create_missing", True))
+    process = Process([list(records)], create_missing)
 
     async def run() -> None:
         sink = PostgresSink(Connector(conninfo), split_table(table), **options)

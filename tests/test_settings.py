@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         ("registry", object()),
         ("on_error", "print"),
         ("journal", 7),
+        ("journal", ""),
         ("journal_sync", -1),
         ("journal_retain", "600"),
         ("journal_quota", 1_000),
@@ -109,7 +110,7 @@ def test_wrong_sink(sink: Any) -> None:
 def test_a_sink_whose_extra_is_missing(monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry) -> None:
     """The message says what to install; it comes when the tracker is made."""
     monkeypatch.setattr(sinks, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'tracker-daemon\[embedded\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[embedded\]' in a checkout"):
         Tracker("embedded:somewhere", registry=registry)
     monkeypatch.setitem(sys.modules, "tracker_daemon.postgres.connection", None)
     with pytest.raises(ConfigError, match=r"pip install 'psycopg\[binary\]'"):

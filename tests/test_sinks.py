@@ -33,16 +33,14 @@ FORMS = ("memory", "arrays", "copy", "daemon")
 
 
 daemons = ExitStack()
-running: dict[tuple[str, bool], Daemon] = {}
+running: dict[str, Daemon] = {}
 
 
-def daemon_on(conninfo: str, *, create_missing: bool) -> str:
+def daemon_on(conninfo: str) -> str:
     """Return the socket of a daemon on the database, which serves until the end of the module."""
-    key = conninfo, create_missing
-    if key not in running:
-        options = ["--relay-interval", "0", "--create-missing", str(create_missing)]
-        running[key] = daemons.enter_context(serving(conninfo, *options))
-    return running[key].path
+    if conninfo not in running:
+        running[conninfo] = daemons.enter_context(serving(conninfo, "--relay-interval", "0"))
+    return running[conninfo].path
 
 
 class Subject:
@@ -53,28 +51,22 @@ class Subject:
         sink: the sink.
     """
 
-    def __init__(self, form: str, conninfo: str, *, create_missing: bool = True) -> None:
+    def __init__(self, form: str, conninfo: str) -> None:
         self.form, self._conninfo = form, conninfo
         self._runner = asyncio.Runner()
         self._made: list[Sink] = []
-        self.create_missing = create_missing
         self.sink = self.another()
 
     def another(self) -> Any:
         """Return a second sink on the same rows, as another process has it."""
         if self.form == "memory":
-            found: Sink = self._made[0] if self._made else MemorySink(create_missing=self.create_missing)
+            found: Sink = self._made[0] if self._made else MemorySink()
         elif self.form == "daemon":
-            found = HttpSink(
-                "http://daemon",
-                socket=daemon_on(self._conninfo, create_missing=self.create_missing),
-                token=lambda: None,
-            )
+            found = HttpSink("http://daemon", socket=daemon_on(self._conninfo), token=lambda: None)
         else:
             found = PostgresSink(
                 Connector(self._conninfo),
                 (None, "conversations"),
-                create_missing=self.create_missing,
                 copy_from=ALWAYS_COPY if self.form == "copy" else ALWAYS_ARRAYS,
             )
         self._made.append(found)
@@ -321,21 +313,49 @@ def test_abort_with_nothing_under_way(subject: Subject) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_skipped(conninfo: str, form: str) -> None:
-    """`create_missing=False`: a delta without an `ensure` and without a row is skipped and counted; also twice."""
-    subject = Subject(form, conninfo, create_missing=False)
+    """`create_missing=False`: a delta without an `ensure` and without a row is skipped and counted; also twice.
+
+    It is the batch that says so: the same sink makes the rows of the next one.
+    """
+    subject = Subject(form, conninfo)
     producer, sink = uuid4(), subject.sink
     opened = subject.run(sink.open(producer, 0))
     turn = ThreadDelta("orphan", NOW // 1_000)
     turn.turn("a", 1, 1, NOW // 1_000)
     resolve = ThreadDelta("other", NOW // 1_000)
     resolve.resolve("done", NOW // 1_000)
-    batch = batch_of(producer, opened, 1, turn, delta("t"), resolve)
+    batch = replace(batch_of(producer, opened, 1, turn, delta("t"), resolve), create_missing=False)
     assert subject.run(sink.apply(batch)) == Applied(rows=1, skipped=2)
     assert subject.run(sink.apply(batch)).duplicate
-    only_orphans = batch_of(producer, opened, 2, turn, resolve)
+    only_orphans = replace(batch_of(producer, opened, 2, turn, resolve), create_missing=False)
     assert subject.run(sink.apply(only_orphans)) == Applied(rows=0, skipped=2)
     assert subject.run(sink.apply(only_orphans)).duplicate
     assert list(subject.rows()) == ["t"]
+    assert subject.run(sink.apply(batch_of(producer, opened, 3, turn, resolve))) == Applied(rows=2)
+    assert sorted(subject.rows()) == ["orphan", "other", "t"]
+    subject.close()
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "memory"])
+def test_recall(conninfo: str, form: str) -> None:
+    """Of a batch that the ledger stands behind its dead letters are told again; nothing is written."""
+    subject = Subject(form, conninfo)
+    producer, sink = uuid4(), subject.sink
+    opened = subject.run(sink.open(producer, 0))
+    bad = delta("bad")
+    bad.tokens = 2**70
+    batch = batch_of(producer, opened, 1, delta("t"), bad)
+    first = subject.run(sink.apply(batch))
+    assert [letter.delta.thread_id for letter in first.dead_letters] == ["bad"]
+    assert subject.run(sink.apply(batch_of(producer, opened, 2, delta("t")))).rows == 1
+    before, ledger = subject.rows(), subject.ledger()
+    again = subject.run(sink.recall(batch))
+    assert (again.rows, again.duplicate) == (0, True)
+    assert [(x.delta.thread_id, x.reason, x.sqlstate) for x in again.dead_letters] == [
+        (x.delta.thread_id, x.reason, x.sqlstate) for x in first.dead_letters
+    ]
+    assert subject.run(sink.recall(batch_of(producer, opened, 2, delta("t")))) == Applied(rows=0, duplicate=True)
+    assert (subject.rows(), subject.ledger()) == (before, ledger)
     subject.close()
 
 

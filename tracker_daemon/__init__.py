@@ -1,5 +1,6 @@
 """Write-behind conversation tracking for chat servers: calls in memory, sums in Postgres, exactly once."""
 
+from tracker_daemon.books import DrainReport
 from tracker_daemon.conversation_trackers import (
     ConversationTrackerProtocol,
     NoOpConversationTracker,
@@ -20,7 +21,6 @@ from tracker_daemon.errors import (
 from tracker_daemon.memory_sink import MemorySink
 from tracker_daemon.sink import Sink
 from tracker_daemon.tracker import Tracker, TrackerStats
-from tracker_daemon.worker import DrainReport
 
 __all__ = [
     "ConversationTrackerProtocol",

@@ -19,13 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Deltas of distinct threads, in order of first call, with the identity under which they are applied once."""
+    """Deltas of distinct threads, in order of first call, with the identity under which they are applied once.
+
+    Attributes:
+        producer, lane, epoch, sequence: the identity.
+        deltas: what is applied.
+        create_missing: whether a delta without an `ensure` may create its row: as whoever took the calls was set, also
+            where somebody else applies them.
+    """
 
     producer: UUID
     lane: int
     epoch: int
     sequence: int
     deltas: tuple[ThreadDelta, ...]
+    create_missing: bool = True
 
     def __str__(self) -> str:
         return f"{self.producer}/{self.lane}/{self.epoch}/{self.sequence}"

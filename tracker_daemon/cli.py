@@ -1,7 +1,8 @@
 """`tracker-daemon COMMAND`: arguments, environment, messages, exit status.
 
 Rules:
-1. Every option is also an environment variable `TRACKER_…`; a secret one may stand in a file named by `…_FILE`.
+1. Every setting is also an environment variable `TRACKER_…`; a secret one may stand in a file named by `…_FILE`. What
+   is of one run alone (`--check`, `--all`, `--skip-damage`) is none: forgotten in an environment it would do harm.
 2. A `TRACKER_…` variable that no command knows stops the start: it is a setting with a typing error.
 3. What goes wrong is one line on stderr; no message repeats the database's URL, which may hold a password.
 4. Nothing but `click` is imported before a command runs. It comes with the extras; without it the program says so and
@@ -27,16 +28,18 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "click":
         raise
-    sys.stderr.write("tracker-daemon: the command line is not installed: pip install 'tracker-daemon[daemon]'\n")
+    sys.stderr.write("tracker-daemon: the command line needs click: pip install click\n")
     sys.exit(2)
 
 from tracker_daemon import journal_command, serve_command
+from tracker_daemon.options import DATABASE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 _PREFIX: Final = "TRACKER_"
 _FILE: Final = "_FILE"
+_TOLD: Final = 20  # refused letters, of which each may have an error of some lines
 _SECRET: Final = frozenset({"TRACKER_DATABASE"})
 # What Kubernetes sets in every container for a service named tracker or tracker-daemon.
 _OF_KUBERNETES: Final = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
@@ -60,8 +63,8 @@ def setting(flag: str, *names: str, **attributes: Any) -> Callable[[Any], Any]:
 def program(context: click.Context) -> None:
     """Write-behind conversation tracking for chat servers.
 
-    Every option is also an environment variable; those that hold secrets may be given as a file, by a variable
-    with _FILE after its name.
+    Every setting is also an environment variable, as --help shows; those that hold secrets may be given as a file, by
+    a variable with _FILE after its name.
     """
     group = context.command
     assert isinstance(group, click.Group)
@@ -183,8 +186,8 @@ def _one_line() -> Iterator[None]:
     try:
         import psycopg  # noqa: PLC0415 - rule 4
     except ImportError:
-        raise click.ClickException("libpq is not installed: pip install 'tracker-daemon[daemon]'") from None
-    from tracker_daemon.errors import ConfigError, TrackerError  # noqa: PLC0415 - rule 4
+        raise click.ClickException("libpq is not installed: pip install 'psycopg[binary]'") from None
+    from tracker_daemon.errors import ConfigError, TrackerError, one_line  # noqa: PLC0415 - rule 4
 
     try:
         yield
@@ -193,7 +196,7 @@ def _one_line() -> Iterator[None]:
     except (psycopg.Error, TrackerError, OSError) as error:
         # Of what the server refused its own words, without the place in a statement that nobody typed.
         text = (isinstance(error, psycopg.Error) and error.diag.message_primary) or str(error)
-        raise click.ClickException(" ".join(text.split())) from None
+        raise click.ClickException(one_line(text)) from None
 
 
 # -- the commands ----------------------------------------------------------------------------------
@@ -225,18 +228,20 @@ def demo(seconds: float, rate: float, threads: int, daemon: str | None, metrics:
 
 
 @program.command()
-@setting(
-    "--database", required=True, callback=_database, metavar="URL", help="postgresql:…, a conninfo, or embedded:DIR."
-)
+@setting("--database", required=True, callback=_database, metavar="URL", help=DATABASE)
 @setting("--table", default="conversations", callback=_table, help="The conversations; may be schema.name.")
-@setting("--check", is_flag=True, help="Change nothing; exit 1 if something is missing.")
-def migrate(database: str, table: tuple[str | None, str], *, check: bool) -> None:
+@click.option("--check", is_flag=True, help="Change nothing; exit 1 if something is missing.")
+@click.option("--create-schema", is_flag=True, help="Make the table's schema, too, if it does not exist.")
+def migrate(database: str, table: tuple[str | None, str], *, check: bool, create_schema: bool) -> None:
     """Create the tables, or upgrade them in place; safe to repeat."""
     if check:
-        found = _operate("missing", database, table)
+        found, unknown = _operate("missing", database, table)
         _print(found or ["nothing is missing"])
+        if unknown:
+            click.echo(f"not known: {unknown}", err=True)
         sys.exit(1 if found else 0)
-    _print([f"applied {step}" for step in _operate("migrate", database, table)] or ["nothing to do"])
+    steps = _operate("migrate", database, table, create_schema=create_schema)
+    _print([f"applied {step}" for step in steps] or ["nothing to do"])
 
 
 @program.group("dead-letters")
@@ -247,7 +252,7 @@ def dead_letters() -> None:
 def _on_letters(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that every command on dead letters has."""
     options = [
-        setting("--database", required=True, callback=_database, metavar="URL", help="postgresql:…, a conninfo."),
+        setting("--database", required=True, callback=_database, metavar="URL", help=DATABASE),
         setting("--table", default="conversations", callback=_table, help="The conversations; may be schema.name."),
         click.option("--thread-id", help="Only those of this thread."),
     ]
@@ -261,18 +266,26 @@ def _on_letters(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="How many, oldest first.")
 def list_letters(database: str, table: tuple[str | None, str], thread_id: str | None, limit: int) -> None:
     """Print dead letters as JSON, one a line, oldest first."""
-    for letter in _operate("letters", database, table, thread_id, limit):
+    letters, total = _operate("letters", database, table, thread_id, limit)
+    for letter in letters:
         click.echo(json.dumps(asdict(letter), default=str, ensure_ascii=False))
+    if total > len(letters):
+        click.echo(f"{len(letters)} of {total} shown; --limit shows more", err=True)
 
 
 @dead_letters.command()
 @_on_letters
 @click.option("--all", "everything", is_flag=True, help="Those of every thread.")
 def retry(database: str, table: tuple[str | None, str], thread_id: str | None, *, everything: bool) -> None:
-    """Apply dead letters again, each once; exit 1 if one is refused again."""
+    """Apply dead letters again, each once; exit 1 if one is refused again. Says which, and why."""
     _choose(thread_id, everything=everything)
     applied, refused = _operate("retry", database, table, thread_id)
-    click.echo(f"applied {applied}, refused again {refused}")
+    click.echo(f"applied {applied}, refused again {len(refused)}")
+    for letter in refused[:_TOLD]:
+        click.echo(f"refused: {letter.thread_id!r}: {letter.error} [{letter.sqlstate}]", err=True)
+    if len(refused) > _TOLD:
+        click.echo(f"and {len(refused) - _TOLD} more: tracker-daemon dead-letters list", err=True)
+    _tell_if_none(applied + len(refused), thread_id)
     sys.exit(1 if refused else 0)
 
 
@@ -282,7 +295,15 @@ def retry(database: str, table: tuple[str | None, str], thread_id: str | None, *
 def drop(database: str, table: tuple[str | None, str], thread_id: str | None, *, everything: bool) -> None:
     """Delete dead letters for good."""
     _choose(thread_id, everything=everything)
-    click.echo(f"dropped {_operate('drop', database, table, thread_id)}")
+    dropped = _operate("drop", database, table, thread_id)
+    click.echo(f"dropped {dropped}")
+    _tell_if_none(dropped, thread_id)
+
+
+def _tell_if_none(number: int, thread_id: str | None) -> None:
+    if not number:
+        of_whom = "" if thread_id is None else f" of thread {thread_id!r}"
+        click.echo(f"there is no dead letter{of_whom}", err=True)
 
 
 def _choose(thread_id: str | None, *, everything: bool) -> None:
@@ -290,14 +311,14 @@ def _choose(thread_id: str | None, *, everything: bool) -> None:
         raise click.UsageError("say which: --thread-id ID or --all")
 
 
-def _operate(name: str, *arguments: Any) -> Any:
+def _operate(name: str, *arguments: Any, **options: Any) -> Any:
     """Run one of `operations`; what goes wrong is one line."""
     with _one_line():
         import anyio  # noqa: PLC0415 - rule 4
 
         from tracker_daemon import operations  # noqa: PLC0415 - rule 4
 
-        return anyio.run(getattr(operations, name), *arguments)
+        return anyio.run(partial(getattr(operations, name), *arguments, **options))
 
 
 def _print(lines: list[str]) -> None:

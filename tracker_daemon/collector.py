@@ -29,11 +29,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from tracker_daemon.backlog import LOST_REASONS, Books
+from tracker_daemon.books import LOST_REASONS, Books
 from tracker_daemon.flush_numbers import SECONDS, FlushNumbers, Histogram
 from tracker_daemon.front_door import REJECTED_REASONS
 from tracker_daemon.generation import KINDS
-from tracker_daemon.journal.journal import OPERATIONS, Journal
+from tracker_daemon.journal.directory import OPERATIONS
 from tracker_daemon.sink import DEAD_REASONS, FAULT_KINDS
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from tracker_daemon.backlog import Backlog
     from tracker_daemon.front_door import Refusals
+    from tracker_daemon.journal.journal import Journal
 
 OUTCOMES = ("ok", "duplicate", "retry", "error")
 

@@ -22,10 +22,10 @@ class EmbeddedSink(PostgresSink):
     A directory whose server runs already is an error that names the process: one tracker, one directory.
     """
 
-    def __init__(self, directory: Path, table: tuple[str | None, str], *, create_missing: bool) -> None:
+    def __init__(self, directory: Path, table: tuple[str | None, str]) -> None:
         self._server = EmbeddedPostgres(directory)
         self._migrated = False
-        super().__init__(Connector(lambda: self._server.conninfo), table, create_missing=create_missing)
+        super().__init__(Connector(lambda: self._server.conninfo), table)
 
     async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""

@@ -22,6 +22,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
+def one_line(text: str) -> str:
+    """Return *text* on one line; libpq says several things on as many lines, without an end to any of them."""
+    return "; ".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
+
+
 class TrackerError(Exception):
     """The root of what this package raises."""
 

@@ -22,6 +22,14 @@ class Exiting(Protocol):
         """The process ends."""
         ...
 
+    def before_fork(self) -> None:
+        """The process is about to fork."""
+        ...
+
+    def after_fork(self) -> None:
+        """It has, and this is the parent."""
+        ...
+
     def at_fork(self) -> None:
         """This is a fork's child: forget the parent's calls, and start nothing."""
         ...
@@ -40,7 +48,7 @@ def know(tracker: Exiting) -> None:
     _known.add(tracker)
     if not _fork_hooked:
         _fork_hooked.append(True)
-        os.register_at_fork(after_in_child=_after_fork)
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
 
 
 def watch(tracker: Exiting) -> None:
@@ -72,6 +80,16 @@ def _hook_multiprocessing() -> None:
 def _at_exit() -> None:
     for tracker in list(_alive.values()):
         tracker.at_exit()
+
+
+def _before_fork() -> None:
+    for tracker in list(_known):
+        tracker.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for tracker in list(_known):
+        tracker.after_fork()
 
 
 def _after_fork() -> None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from tracker_daemon.clock import Clock
     from tracker_daemon.generation import Record
 
-REJECTED_REASONS: Final = ("invalid", "full", "closed")
+REJECTED_REASONS: Final = ("invalid", "full", "closed", "share", "batch")
+"""The last two are a daemon's: a client has used up its share of what is bounded; a batch, which its sender keeps and
+brings again, had no room."""
 _KNOWN_AGENTS: Final = 1_024
 
 
@@ -49,10 +51,10 @@ class Refusals:
         self._rated = Rated(clock)
         self.counts = dict.fromkeys(REJECTED_REASONS, 0)
 
-    def add(self, reason: str) -> None:
-        """Count one. Who made an invalid call is told by the exception alone."""
+    def add(self, reason: str, calls: int = 1) -> None:
+        """Count some. Who made an invalid call is told by the exception alone."""
         with self._lock:
-            self.counts[reason] += 1
+            self.counts[reason] += calls
             due = None if reason == "invalid" else self._rated.due(reason)
         if due is not None:
             with suppress(Exception):  # the host's logging must not reach the caller
@@ -181,6 +183,11 @@ class FrontDoor:
             raise
         return self._enter(record)
 
+    # Python's own TypeError for an argument that is missing or misspelt names the function by this.
+    for _call in (ensure_conversation, record_turn, resolve):
+        _call.__qualname__ = f"Tracker.{_call.__name__}"
+    del _call
+
     def _enter(self, record: Record) -> bool:
         """Append a validated call, unless closed or full; see to it that a worker looks at it."""
         backlog = self._backlog
@@ -217,8 +224,7 @@ class FrontDoor:
         bound = self._backlog.enter_all(records, taken_at)
         self._worker.wake()
         if bound is not None:
-            for _ in records:
-                self._refusals.add("closed" if bound == "closed" else "full")
+            self._refusals.add("closed" if bound == "closed" else "full", len(records))
         return bound
 
     def _after_fork(self) -> None:

@@ -67,6 +67,18 @@ class HttpSink:
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
+    async def recall(self, batch: Batch) -> Applied:
+        """See `Recalls.recall`."""
+        headers, content = wire.batch_headers(batch), wire.encode_deltas(batch.deltas)
+        try:
+            answer = await self._ask("POST", "/v1/batches/recall", headers=headers, content=content)
+        except SinkFault as fault:
+            if fault.kind == "schema":  # not found: a daemon of an older version, which cannot tell
+                return Applied(rows=0, duplicate=True)
+            raise
+        applied: Applied = _read(lambda value: wire.applied_from(value, batch), answer)
+        return applied
+
     def abort(self) -> None:
         """See `Sink.abort`."""
         if (under_way := self._task) is not None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tracker_daemon.options import DATABASE
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
@@ -36,7 +38,7 @@ def group(
         return None if value is None else database(context, parameter, value)
 
     directory = click.argument("directory", envvar="TRACKER_JOURNAL", type=click.Path(path_type=Path))
-    where = partial(setting, "--database", metavar="URL", help="postgresql:…, a conninfo, or embedded:DIR.")
+    where = partial(setting, "--database", metavar="URL", help=DATABASE)
     conversations = setting(
         "--table", default="conversations", callback=table, help="The conversations; may be schema.name."
     )
@@ -45,7 +47,7 @@ def group(
     @directory
     @where(callback=may_be_absent)
     @conversations
-    @setting("--json", "as_json", is_flag=True, help="A JSON object a window, one a line, with each of its files.")
+    @click.option("--json", "as_json", is_flag=True, help="A JSON object a window, one a line, with each of its files.")
     def inspect(directory: Path, database: str | None, table: Table, *, as_json: bool) -> None:
         """Print every window in DIRECTORY (env var: TRACKER_JOURNAL); with a database also what it does not have.
 
@@ -69,7 +71,7 @@ def group(
     @directory
     @where(required=True, callback=database)
     @conversations
-    @setting("--skip-damage", is_flag=True, help="Pass over what is damaged; what is uncertain by it is left out.")
+    @click.option("--skip-damage", is_flag=True, help="Pass over what is damaged; what is uncertain by it is left out.")
     def recover(directory: Path, database: str, table: Table, *, skip_damage: bool) -> None:
         """Apply what is left in DIRECTORY (env var: TRACKER_JOURNAL), each call exactly once.
 

@@ -11,10 +11,10 @@ from tracker_daemon.clock import SystemClock
 from tracker_daemon.errors import JournalError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
-from tracker_daemon.journal.inspection import Fault, LifeReport, Report, WindowReport, files_in, inspect, readable
+from tracker_daemon.journal.inspection import Fault, LifeReport, Report, WindowReport, files_in, inspect
 from tracker_daemon.journal.journal import Journal
 from tracker_daemon.journal.repair import repair
-from tracker_daemon.journal.windows import Damage, written
+from tracker_daemon.journal.windows import Damage
 from tracker_daemon.operations import opened_session, running_conninfo
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
-    from tracker_daemon.batch import Batch
     from tracker_daemon.operations import Table
-    from tracker_daemon.sink import Applied, Opened
 
 _RETAIN = 600.0
 
@@ -135,7 +133,7 @@ async def _recover(
         journal.look_again()
     before = {life.producer: life for life in inspect(journal.base, positions).lives}
     backlog = Backlog(max_queue_size=1, max_pending=1, max_batch_size=1, create_missing=True, journal=journal)
-    sinks = _Sinks(Connector(conninfo), table, journal.left)
+    sink = PostgresSink(Connector(conninfo), table)
 
     def on_error(error: BaseException) -> None:
         if isinstance(error, JournalError):
@@ -144,9 +142,9 @@ async def _recover(
             tell(f"{error}; trying again")
 
     try:
-        await Flusher(backlog, sinks, SystemClock(), FlushNumbers(), on_error, journal).recover()
+        await Flusher(backlog, sink, SystemClock(), FlushNumbers(), on_error, journal).recover()
     finally:
-        await sinks.end()
+        await sink.aclose(journal.producer, journal.lane, clean=False)  # the ledger's rows stay as they are
     after = {life.producer: life for life in inspect(journal.base, await _positions(conninfo, table, lives)).lives}
     for producer, life in lives.items():
         if (was := before.get(producer.hex)) is not None:
@@ -159,48 +157,6 @@ async def _recover(
     if faults and not skip_damage and any(life.damage for life in after.values()):
         faults.append("to apply what can be read and is certain, and pass over the rest, add --skip-damage")
     return Recovery(list(lives.values()), faults, sum(backlog.books().dead_lettered.values()))
-
-
-class _Sinks:
-    """A sink for lives of both kinds: whether a turn may create its row is said in their files."""
-
-    def __init__(self, connector: Connector, table: Table, left: dict[UUID, list[Path]]) -> None:
-        self._sinks = {missing: PostgresSink(connector, table, create_missing=missing) for missing in (True, False)}
-        self._creates = {producer: _creates_missing(paths) for producer, paths in left.items()}
-
-    def _of(self, producer: UUID) -> PostgresSink:
-        return self._sinks[self._creates.get(producer, True)]
-
-    async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
-        """See `Sink.open`."""
-        return await self._of(producer).open(producer, lane, known=known, after=after)
-
-    async def apply(self, batch: Batch) -> Applied:
-        """See `Sink.apply`."""
-        return await self._of(batch.producer).apply(batch)
-
-    def abort(self) -> None:
-        """See `Sink.abort`."""
-        for sink in self._sinks.values():
-            sink.abort()
-
-    async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
-        """See `Sink.aclose`."""
-        await self._of(producer).aclose(producer, lane, clean=clean)
-
-    async def end(self) -> None:
-        """Close the connections; the ledger's rows stay as they are."""
-        for producer in self._creates:
-            await self.aclose(producer, 0, clean=False)
-
-
-def _creates_missing(paths: list[Path]) -> bool:
-    for path in readable(paths)[0]:
-        try:
-            return written(path, copy=True).header.create_missing
-        except ValueError:  # blank
-            continue
-    return True
 
 
 # -- what is printed -------------------------------------------------------------------------------

@@ -49,14 +49,9 @@ class MemoryRow:
 
 
 class MemorySink:
-    """A `Sink` whose table is `rows`, by thread id.
+    """A `Sink` whose table is `rows`, by thread id."""
 
-    Args:
-        create_missing: as of `Tracker`; a sink that is handed in decides it itself.
-    """
-
-    def __init__(self, *, create_missing: bool = True) -> None:
-        self.create_missing = create_missing
+    def __init__(self) -> None:
         self.rows: dict[str, MemoryRow] = {}
         self.ledger: dict[tuple[UUID, int], Opened] = {}
         self.batches: list[Batch] = []
@@ -86,7 +81,7 @@ class MemorySink:
             raise LedgerRegressed(str(batch.producer), batch.lane, batch.sequence - 1, found.applied_sequence)
         self.ledger[key] = Opened(batch.epoch, batch.sequence)
         self.batches.append(batch)
-        rows = sum(self._merge(delta) for delta in batch.deltas)
+        rows = sum(self._merge(delta, create_missing=batch.create_missing) for delta in batch.deltas)
         return Applied(rows=rows, skipped=len(batch.deltas) - rows)
 
     def abort(self) -> None:
@@ -95,10 +90,10 @@ class MemorySink:
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """Keep everything: a test looks at it afterwards."""
 
-    def _merge(self, delta: ThreadDelta) -> bool:
+    def _merge(self, delta: ThreadDelta, *, create_missing: bool) -> bool:
         row = self.rows.get(delta.thread_id)
         if row is None:
-            if not (delta.ensures or self.create_missing):
+            if not (delta.ensures or create_missing):
                 return False
             row = self.rows[delta.thread_id] = MemoryRow(delta.first_at, delta.first_at)
         row.add(delta)

@@ -10,9 +10,14 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import psycopg
+from psycopg import sql
+
+from tracker_daemon.errors import SchemaError
 from tracker_daemon.postgres import dead_letters, schema
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.session import Session
+from tracker_daemon.settings import split_table
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -25,32 +30,59 @@ Table: TypeAlias = "tuple[str | None, str]"
 _PATIENCE = 60.0
 
 
-async def migrate(database: str, table: Table) -> list[str]:
-    """Create or upgrade the tables; return the steps applied."""
+async def migrate(database: str, table: str | Table = "conversations", *, create_schema: bool = False) -> list[str]:
+    """Create or upgrade the tables; return the steps applied. What `tracker-daemon migrate` does, for a program.
+
+    Args:
+        database: a URL, a conninfo or `embedded:DIR`.
+        table: the conversations; may be schema.name.
+        create_schema: whether to make the schema, too, if it does not exist.
+
+    Raises:
+        SchemaError: a table that exists cannot be used, the schema does not exist, or this role may not make tables in
+            it; nothing was changed.
+        ConfigError: *database* or *table* is none.
+        psycopg.Error: the database cannot be reached, or refuses something else.
+    """
+    where = split_table(table) if isinstance(table, str) else table
     async with _connection(database) as connection:
-        return await schema.migrate(connection, *table)
+        try:
+            return await schema.migrate(connection, *where, create_schema=create_schema)
+        except psycopg.errors.InsufficientPrivilege as error:
+            role = sql.Identifier(connection.info.user).as_string()
+            place = "DATABASE" if create_schema and "database" in str(error) else "SCHEMA"
+            name = connection.info.dbname if place == "DATABASE" else where[0] or "public"
+            raise SchemaError(
+                f"{error.diag.message_primary}: migrate needs a role that may make tables there. Run it as the owner, "
+                f"or, as the owner: GRANT CREATE ON {place} {sql.Identifier(name).as_string()} TO {role}"
+            ) from error
 
 
-async def missing(database: str, table: Table) -> list[str]:
-    """Return what the flush would stumble over and which steps are not applied, a sentence each; change nothing."""
+async def missing(database: str, table: Table) -> tuple[list[str], str]:
+    """Return what the flush would stumble over and which steps are not applied, a sentence each, and what is not known.
+
+    Changes nothing.
+    """
     directory = database.removeprefix("embedded:")
     if directory != database and not (Path(directory) / "data" / "PG_VERSION").exists():
-        return [f"{directory} holds no database"]  # starting the server would make one
+        return [f"{directory} holds no database"], ""  # starting the server would make one
     async with _connection(database) as connection:
         name = await schema.find_schema(connection, *table)
         faults = await schema.faults_of(connection, name, table[1])
         steps = await schema.steps_to_apply(connection, name, table[1])
-        return faults + [f"step {step} is not applied" for step in steps]
+        unknown = f"which steps are applied: {connection.info.user} may not read tracker_migrations" * (steps is None)
+        return faults + [f"step {step} is not applied" for step in steps or ()], unknown
 
 
-async def letters(database: str, table: Table, thread_id: str | None, limit: int) -> list[StoredLetter]:
-    """Return dead letters, oldest first."""
+async def letters(database: str, table: Table, thread_id: str | None, limit: int) -> tuple[list[StoredLetter], int]:
+    """Return dead letters, oldest first, at most *limit*; and how many there are."""
     async with opened_session(database, table) as session:
-        return await dead_letters.stored(session, thread_id, limit)
+        found = await dead_letters.stored(session, thread_id, limit)
+        return found, len(found) if len(found) < limit else await dead_letters.count(session, thread_id)
 
 
-async def retry(database: str, table: Table, thread_id: str | None) -> tuple[int, int]:
-    """Apply dead letters again; return how many were applied and how many refused again."""
+async def retry(database: str, table: Table, thread_id: str | None) -> tuple[int, list[StoredLetter]]:
+    """Apply dead letters again; return how many were applied, and those refused again."""
     async with opened_session(database, table) as session:
         return await dead_letters.retry(session, thread_id)
 
@@ -84,7 +116,7 @@ async def _connection(database: str) -> AsyncIterator[AsyncConnection[Any]]:
 async def opened_session(database: str, table: Table) -> AsyncIterator[Session]:
     """Yield a checked connection."""
     async with running_conninfo(database) as conninfo:
-        session = await Session.open(Connector(conninfo), table, create_missing=True, timeout=_PATIENCE)
+        session = await Session.open(Connector(conninfo), table, timeout=_PATIENCE)
         try:
             yield session
         finally:

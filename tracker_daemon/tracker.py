@@ -23,7 +23,7 @@ from tracker_daemon.journal.journal import Journal
 from tracker_daemon.settings import Overflow, Settings
 from tracker_daemon.settings import timeout as checked_timeout
 from tracker_daemon.sinks import sink_factory
-from tracker_daemon.worker import DrainReport, Worker
+from tracker_daemon.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from prometheus_client.registry import CollectorRegistry
     from psycopg_pool import AsyncConnectionPool
 
+    from tracker_daemon.books import DrainReport
     from tracker_daemon.clock import Clock
     from tracker_daemon.delta import ThreadDelta
     from tracker_daemon.sink import Sink
@@ -55,6 +56,7 @@ class TrackerStats:
         lost: taken and not kept: a shutdown deadline passed.
         pending: taken and on their way.
         rejected: never taken: invalid, full or closed.
+        rows_skipped: not calls but rows: threads of a flush that had none, with `create_missing=False`.
     """
 
     accepted: int
@@ -63,6 +65,7 @@ class TrackerStats:
     lost: int
     pending: int
     rejected: int
+    rows_skipped: int = 0
 
 
 @final
@@ -146,30 +149,29 @@ class Tracker(FrontDoor):
     def _begin(self, *, forked: bool = False) -> None:
         """Start a life: empty, with an identity of its own."""
         settings = self._settings
-        self._journal = self._make_journal(forked=forked)
-        self._refusals = Refusals(self._clock)
-        self._numbers = FlushNumbers()
-        self._backlog = Backlog(
+        journal = self._make_journal(forked=forked)
+        refusals, numbers = Refusals(self._clock), FlushNumbers()
+        backlog = Backlog(
             max_queue_size=settings.max_queue_size,
             max_pending=settings.max_pending,
             max_batch_size=settings.max_batch_size,
             create_missing=settings.create_missing,
-            journal=self._journal,
+            journal=journal,
         )
-        self._worker = Worker(
-            self._backlog,
-            self._make_flusher(),
-            self._clock,
-            settings.flush_interval,
-            self._on_start,
-            self._journal,
-        )
+        make_flusher = self._make_flusher(backlog, numbers, journal)
+        worker = Worker(backlog, make_flusher, self._clock, settings.flush_interval, self._on_start, journal)
+        pid = os.getpid()
+        # From here to the last of them nothing is called: a signal handler in a fork's child finds the parent's life
+        # whole, and begins one, or finds this one.
+        if forked and self._pid == pid:
+            return
+        self._journal, self._backlog, self._worker = journal, backlog, worker
+        self._refusals, self._numbers = refusals, numbers
         self._last_error: BaseException | None = None
-        self._account.begin(self._backlog, self._refusals, self._numbers, self._journal)
-        self._pid = os.getpid()  # last: until then another thread finds the old life whole
+        self._pid = pid
+        self._account.begin(backlog, refusals, numbers, journal)
 
-    def _make_flusher(self) -> Callable[[], Flusher]:
-        backlog, numbers, journal = self._backlog, self._numbers, self._journal
+    def _make_flusher(self, backlog: Backlog, numbers: FlushNumbers, journal: Journal | None) -> Callable[[], Flusher]:
         make_sink, clock, on_error = self._make_sink, self._clock, self._settings.on_error
         return lambda: Flusher(backlog, make_sink(), clock, numbers, on_error, journal)
 
@@ -345,6 +347,7 @@ class Tracker(FrontDoor):
             lost=sum(books.lost.values()),
             pending=books.queue_calls,
             rejected=sum(reading.rejected.values()),
+            rows_skipped=books.rows_skipped,
         )
 
     def reading(self) -> Reading:
@@ -370,10 +373,14 @@ class Tracker(FrontDoor):
         """Where accepted calls are written as well, or `None`; for looking at."""
         return self._journal
 
-    def count_invalid(self, calls: int) -> None:
-        """Count calls as rejected that whoever takes them in found malformed."""
-        for _ in range(calls):
-            self._refusals.add("invalid")
+    def count_rejected(self, reason: str, calls: int) -> None:
+        """Count calls as rejected that whoever takes them in has refused for *reason*."""
+        self._refusals.add(reason, calls)
+
+    @property
+    def backlog(self) -> Backlog:
+        """What was accepted and is not settled; for looking at."""
+        return self._backlog
 
     def __repr__(self) -> str:
         state = "closed" if self._worker.closed else "running" if self._worker.started else "not started"
@@ -387,15 +394,25 @@ class Tracker(FrontDoor):
         self._worker.run_here()
         self.close()
 
+    def before_fork(self) -> None:
+        """The process is about to fork: until that is done every call asks in which process it is."""
+        self._backlog.shut_for_fork()
+
+    def after_fork(self) -> None:
+        """It has, and this is the parent."""
+        self._backlog.forking = False
+
     def at_fork(self) -> None:
-        """This is a fork's child: the parent's calls are the parent's."""
-        was_closed = self._worker.closed
-        _inherited.append((self._worker, self._backlog, self._journal))
-        if self._journal is not None:
-            self._journal.forget_fork()
+        """This is a fork's child: the parent's calls are the parent's. Again: no effect."""
+        if os.getpid() == self._pid:
+            return  # a call was first: in a signal handler, a finalizer, or another's hook
+        worker, backlog, journal = self._worker, self._backlog, self._journal
+        _inherited.append((worker, backlog, journal))
+        if journal is not None:
+            journal.forget_fork()
         self._collector.after_fork()
         self._begin(forked=True)
-        if was_closed:
+        if worker.closed:
             self._worker.stop(0)
 
     def _after_fork(self) -> None:

@@ -2,6 +2,7 @@
 
     POST   /v1/producers                  open      JSON: producer, lane, known, after -> epoch, applied_sequence
     POST   /v1/batches                    apply     headers: the identity; body: deltas as the journal has them
+    POST   /v1/batches/recall             recall    the same
     DELETE /v1/producers/PRODUCER/LANE    aclose    ?epoch=…&sequence=…
 
 Rules:
@@ -55,6 +56,7 @@ def batch_headers(batch: Batch) -> dict[str, str]:
         "tracker-lane": str(batch.lane),
         "tracker-epoch": str(batch.epoch),
         "tracker-sequence": str(batch.sequence),
+        "tracker-create-missing": str(batch.create_missing).lower(),
     }
 
 
@@ -63,8 +65,8 @@ def encode_deltas(deltas: Sequence[ThreadDelta]) -> bytes:
     return b"".join(encode_sum(delta) for delta in deltas)
 
 
-def decode_batch(headers: Mapping[str, str], body: bytes) -> Batch:
-    """Return the batch that headers and body make.
+def decode_batch(headers: Mapping[str, str], body: bytes, *, create_missing: bool) -> Batch:
+    """Return the batch that headers and body make; *create_missing*: what holds for a sender that does not say.
 
     Raises:
         Malformed: a header is missing or wrong, a record is damaged, or a thread stands twice.
@@ -89,7 +91,10 @@ def decode_batch(headers: Mapping[str, str], body: bytes) -> Batch:
             deltas[delta.thread_id] = delta
         offset += FRAME.size + len(payload)
     lane, epoch, sequence = identity
-    return Batch(producer(headers), lane, epoch, sequence, tuple(deltas.values()))
+    said = headers.get("tracker-create-missing", str(create_missing).lower())
+    if said not in ("true", "false"):
+        raise Malformed(f"Tracker-Create-Missing must be true or false, got {said[:80]!r}")
+    return Batch(producer(headers), lane, epoch, sequence, tuple(deltas.values()), said == "true")
 
 
 _NUMBERS: Final = (("tracker-lane", 2**15), ("tracker-epoch", 2**31), ("tracker-sequence", 2**63))

@@ -4,7 +4,8 @@ Rules:
 1. The thread has an event loop and connections of its own: the host's loop is never blocked, and asyncio, trio and
    plain threads are alike to it.
 2. It holds the interpreter for a small chunk of calls at a time, and lets go between two of them.
-3. With nothing pending it sleeps until a call wakes it, and wakes nothing itself.
+3. With nothing pending it sleeps until a call wakes it, and wakes nothing itself; with a journal once a week, to give
+   the ledger a sign of life.
 4. Once told to stop it ends by the deadline, whatever the sink does; what is then pending is counted as lost.
 """
 
@@ -16,7 +17,6 @@ import threading
 import time
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from math import inf
 from typing import TYPE_CHECKING, Final
@@ -24,8 +24,11 @@ from typing import TYPE_CHECKING, Final
 import anyio
 import anyio.lowlevel
 
+from tracker_daemon.barriers import Barriers
+from tracker_daemon.books import DrainReport
 from tracker_daemon.late_executor import LateExecutor
 from tracker_daemon.logs import get_logger
+from tracker_daemon.mending import Mender
 
 if TYPE_CHECKING:
     import asyncio
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from tracker_daemon.backlog import Backlog, Books
+    from tracker_daemon.backlog import Backlog
+    from tracker_daemon.books import Books
     from tracker_daemon.clock import Clock
     from tracker_daemon.flusher import Flusher
     from tracker_daemon.journal.journal import Journal
@@ -55,24 +59,6 @@ _NEEDED: Final = (
     "importlib.readers",
     "importlib.resources._adapters",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DrainReport:
-    """What became of the calls that were pending when `close` was called, in calls."""
-
-    applied: int = 0
-    dead_lettered: int = 0
-    journaled: int = 0
-    lost: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Barrier:
-    """Somebody waits until the first *target* accepted calls are settled."""
-
-    target: int
-    done: Future[bool]
 
 
 class Worker:
@@ -113,7 +99,7 @@ class Worker:
         self._last_moment = inf
         self._sealed: anyio.Event
         self._at_stop: Books | None = None
-        self._barriers: list[Barrier] = []
+        self._barriers = Barriers(backlog)
         self._woken = self._hurry = self._stopping = False
         self._event: anyio.Event | None = None
         self._flusher: Flusher | None = None
@@ -171,23 +157,19 @@ class Worker:
 
     def barrier(self) -> Future[bool]:
         """Return a future that is done when every call accepted until now is settled: `False` if some are lost."""
-        done: Future[bool] = Future()
         with self._backlog.lock:
-            target = self._backlog.accepted
-            if self._backlog.settled >= target and not self._backlog.recovering:
-                done.set_result(not self._lost)
+            done = self._barriers.add()
+            if done.done():
                 return done
-            self._barriers.append(Barrier(target, done))
             self._hurry = True
         self.wake()
         if self.finished.done():
-            self._release_barriers(everyone=True)
+            self._barriers.release(everyone=True)
         return done
 
     def leave(self, done: Future[bool]) -> None:
         """Forget a barrier's future: nobody waits for it any more."""
-        with self._backlog.lock:
-            self._barriers = [barrier for barrier in self._barriers if barrier.done is not done]
+        self._barriers.leave(done)
 
     def stop(self, timeout: float) -> Future[DrainReport]:
         """Accept no more, drain for at most *timeout* seconds. Again: the earlier of the deadlines holds."""
@@ -196,7 +178,7 @@ class Worker:
             self._last_moment = min(last_moment, self._last_moment)
             if self._at_stop is None:
                 self._at_stop = self._backlog.books()
-            self._stopping = True
+            self._stopping = self._barriers.ending = True
             self._backlog.close()
             self._hurry = True
             unused = bool(self._may_start) and self._backlog.is_empty
@@ -244,7 +226,7 @@ class Worker:
             self._journal.end()
         with suppress(InvalidStateError):  # `give_up` was first
             self.finished.set_result(self._report())
-        self._release_barriers(everyone=True)
+        self._barriers.release(everyone=True)
 
     async def _main(self, flusher: Flusher) -> None:
         import asyncio  # noqa: PLC0415 - `import tracker_daemon` need not pay for it
@@ -280,7 +262,7 @@ class Worker:
             backlog.open_gate()
             if self.halted is not None:
                 backlog.close()  # what will never be written is not accepted
-            self._release_barriers(everyone=self.halted is not None)
+            self._barriers.release(everyone=self.halted is not None)
             self._seal_if_due(now, seen_empty)
             if self._journal is not None:
                 self._keep(self._journal, now, tasks)
@@ -290,6 +272,8 @@ class Worker:
             if backlog.window_threads == 0:
                 seen_empty = now
             idle_looks = 0 if drained or not backlog.is_empty else idle_looks + 1
+            if idle_looks > len(_SECOND_LOOKS) and self._until_sign(now) == 0.0:
+                self._sealed.set()  # nothing is: the flusher is to give a sign
             await self._rest(seen_empty, idle_looks)
 
     async def _rest(self, seen_empty: float, idle_looks: int) -> None:
@@ -298,7 +282,7 @@ class Worker:
         timeout: float | None = self._flush_interval
         if idle_looks:
             self._backlog.shut_gate()
-            timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else None
+            timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else self._until_sign(now)
         elif self._backlog.window_threads and not self._backlog.in_flight:
             timeout = max(0.0, seen_empty + self._flush_interval - now)
         if self._journal is not None and self._journal.sync_interval and not self._syncing and self._journal.dirty:
@@ -312,18 +296,22 @@ class Worker:
             await self._clock.wait(event, timeout)
         await anyio.lowlevel.checkpoint()
 
+    def _until_sign(self, now: float) -> float | None:
+        due = self._flusher.sign_due if self._flusher is not None else None
+        return None if due is None else max(0.0, due - now)
+
     def _seal_if_due(self, now: float, opened: float) -> None:
         backlog = self._backlog
         if backlog.in_flight or not backlog.window_threads:
-            if backlog.is_full:
+            if backlog.must_seal:
                 backlog.seal()
             return
         if (
             now - opened >= self._flush_interval
             or backlog.window_threads >= backlog.max_batch_size
-            or backlog.is_full
+            or backlog.must_seal
             or self._stopping
-            or any(barrier.target <= backlog.folded for barrier in self._barriers)
+            or self._barriers.are_folded
         ):
             backlog.seal()
             self._sealed.set()
@@ -332,10 +320,7 @@ class Worker:
         """See to the journal: fsync by group, mend what cannot be trusted, let go of what is on the disk."""
         if self._syncing:
             return
-        if journal.untrusted:
-            self._backlog.rewrite_sealed()
-        if journal.wants_rewriting:
-            self._backlog.rewrite()
+        Mender(self._backlog, journal).mend()
         if journal.sync_interval and now - self._synced_at >= journal.sync_interval and journal.dirty:
             self._syncing = True
             tasks.start_soon(self._sync, journal)
@@ -358,6 +343,7 @@ class Worker:
             self._sealed = anyio.Event()
             await self._recover(flusher)  # a fork's child has its place from its first call on
             await flusher.flush()
+            await flusher.give_sign()
             self._on_wake()
 
     async def _recover(self, flusher: Flusher) -> None:
@@ -402,29 +388,5 @@ class Worker:
             await anyio.sleep(_STRAGGLERS)
         return self._backlog.is_empty
 
-    def _release_barriers(self, *, everyone: bool = False) -> None:
-        with self._backlog.lock:
-            done = self._backlog.settled if not self._backlog.recovering else -1
-            reached = [b for b in self._barriers if everyone or done >= b.target]
-            for barrier in reached:
-                self._barriers.remove(barrier)
-        for barrier in reached:
-            barrier.done.set_result(self._backlog.settled >= barrier.target and not self._lost)
-
-    @property
-    def _lost(self) -> bool:
-        if not self._stopping:
-            return False
-        books = self._backlog.books()
-        return bool(books.journaled) or any(books.lost.values())
-
     def _report(self) -> DrainReport:
-        now, before = self._backlog.books(), self._at_stop
-        if before is None:
-            return DrainReport()
-        return DrainReport(
-            applied=sum(now.applied.values()) - sum(before.applied.values()),
-            dead_lettered=sum(now.dead_lettered.values()) - sum(before.dead_lettered.values()),
-            journaled=now.journaled,
-            lost=sum(now.lost.values()) - sum(before.lost.values()),
-        )
+        return DrainReport.between(self._at_stop, self._backlog.books())

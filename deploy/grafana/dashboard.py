@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
 _SOURCE: Final = DataSourceRef(type_val="prometheus", uid="$datasource")
 _WHO: Final = 'job=~"$job", instance=~"$instance"'
-_WIDTH, _HEIGHT = 8, 8
+_COLUMNS, _WIDTH, _HEIGHT = 24, 8, 8
+# Times 0, which it is there: so that the name goes, and an instance is one series.
 _AGE: Final = (
-    "time() - (tracker_oldest_pending_timestamp_seconds{WHO} > 0) or tracker_oldest_pending_timestamp_seconds{WHO}"
+    "time() - (tracker_oldest_pending_timestamp_seconds{WHO} > 0) or tracker_oldest_pending_timestamp_seconds{WHO} * 0"
 )
 
 
@@ -140,8 +141,8 @@ def _numbers() -> list[Stat]:
         _number(
             "Refused calls",
             "short",
-            "Not taken because a bound was reached, within the time shown.",
-            'sum(increase(tracker_calls_rejected_total{WHO, reason="full"}[$__range]))',
+            "Not taken because a bound, or a client's share of it, was reached; within the time shown.",
+            'sum(increase(tracker_calls_rejected_total{WHO, reason=~"full|share"}[$__range]))',
             limits=bad,
         ),
         _number(
@@ -174,13 +175,24 @@ def _calls() -> list[TimeSeries]:
         _chart(
             "Calls that did not get through",
             "cps",
-            "Refused: the caller knows. Lost: accepted and not kept. Dead letters: kept in a table of their own.",
+            "Refused: the caller knows; of requests to a daemon, by status, the calls are not known. "
+            "Lost: accepted and not kept. Dead letters: kept in a table of their own.",
             ("sum by (reason) (rate(tracker_calls_rejected_total{WHO}[$__rate_interval]))", "refused: {{reason}}"),
+            (
+                "sum by (status) (rate(tracker_requests_refused_total{WHO}[$__rate_interval]))",
+                "requests refused: {{status}}",
+            ),
             ("sum by (reason) (rate(tracker_calls_lost_total{WHO}[$__rate_interval]))", "lost: {{reason}}"),
             (
                 "sum by (reason) (rate(tracker_calls_dead_lettered_total{WHO}[$__rate_interval]))",
                 "dead letter: {{reason}}",
             ),
+        ),
+        _chart(
+            "Requests refused",
+            "reqps",
+            "By a daemon, by status. 429: one client has too much under way; 503: the daemon has, or it is ending.",
+            ("sum by (status) (rate(tracker_requests_refused_total{WHO}[$__rate_interval]))", "{{status}}"),
         ),
     ]
 
@@ -192,7 +204,6 @@ def _queue() -> list[TimeSeries]:
             "short",
             "The bound is on threads, not on calls. With a journal windows wait in files, and none is refused.",
             ("tracker_queue_depth{WHO}", "{{instance}}"),
-            ("min(tracker_queue_limit{WHO} > 0)", "limit (max_pending)"),
         ),
         _chart(
             "Pending calls",
@@ -205,6 +216,13 @@ def _queue() -> list[TimeSeries]:
             "s",
             "Grows by a second a second while nothing is committed.",
             (_AGE, "{{instance}}"),
+        ),
+        _chart(
+            "How full",
+            "percentunit",
+            "Threads of max_pending, at which new threads are refused; with a journal its files of their quota count.",
+            ("tracker_queue_depth{WHO} / (tracker_queue_limit{WHO} > 0)", "threads {{instance}}"),
+            ("tracker_journal_bytes{WHO} / (tracker_journal_quota_bytes{WHO} > 0)", "journal {{instance}}"),
         ),
     ]
 
@@ -266,7 +284,6 @@ def _journal() -> list[TimeSeries]:
             "bytes",
             "Up to a quarter of the quota is windows that are applied and kept for a database that forgets them.",
             ("tracker_journal_bytes{WHO}", "{{instance}}"),
-            ("min(tracker_journal_quota_bytes{WHO} > 0)", "quota"),
         ),
         _chart(
             "Trouble with the journal",
@@ -333,7 +350,8 @@ def dashboard() -> str:
     ):
         board = board.with_row(builders.Row(title).id(next(numbers)))
         for chart in panels:
-            board = board.with_panel(chart.id(next(numbers)))
+            # Three or four fill a row of the grid.
+            board = board.with_panel(chart.id(next(numbers)).span(_COLUMNS // 4 if len(panels) == 4 else _WIDTH))
     return JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n"
 
 

@@ -44,22 +44,29 @@ tracker = Tracker(
 @require_POST
 def turn(request: HttpRequest, thread_id: str) -> JsonResponse:
     """Record one turn: agent_name, tokens and cost in the body, as JSON."""
-    return answer(request, partial(tracker.record_turn, thread_id), {"agent_name", "tokens", "cost"})
+    return answer(request, partial(tracker.record_turn, thread_id), may=("agent_name", "tokens", "cost"))
 
 
 @require_POST
 def resolution(request: HttpRequest, thread_id: str) -> JsonResponse:
     """Record how the conversation ended: resolution_type in the body, as JSON."""
-    return answer(request, partial(tracker.resolve, thread_id), {"resolution_type"})
+    return answer(request, partial(tracker.resolve, thread_id), must=("resolution_type",))
 
 
-def answer(request: HttpRequest, call: Callable[..., bool], names: set[str]) -> JsonResponse:
-    """Make *call* with those *names* that the body has; 400 if it is malformed, 503 if there is no room for it."""
+def answer(
+    request: HttpRequest, call: Callable[..., bool], *, must: tuple[str, ...] = (), may: tuple[str, ...] = ()
+) -> JsonResponse:
+    """Make *call* with those names that the body has; 400 if it is malformed, 503 if there is no room for it."""
     try:
         # Decimal: the cost counts digit by digit as it was sent.
         body = json.loads(request.body, parse_float=Decimal)
-        accepted = call(**{name: body[name] for name in names & set(body)})
-    except (InvalidCall, ValueError, TypeError) as error:
+    except ValueError:
+        return JsonResponse({"error": "the body must be JSON"}, status=400)
+    if not isinstance(body, dict) or not set(must) <= set(body):
+        return JsonResponse({"error": " with ".join(["the body must be an object", *must])}, status=400)
+    try:
+        accepted = call(**{name: body[name] for name in must + may if name in body})
+    except InvalidCall as error:  # it names the argument and the fault, and nothing of this program
         return JsonResponse({"error": str(error)}, status=400)
     return JsonResponse({"accepted": accepted, "process": os.getpid()}, status=200 if accepted else 503)
 

@@ -133,5 +133,10 @@ async function main(url, tokenFile = null) {
 }
 
 if (process.argv[1] && (await realpath(process.argv[1])) === fileURLToPath(import.meta.url)) {
-  await main(...process.argv.slice(2));
+  const given = process.argv.slice(2);
+  if (given.length < 1 || given.length > 2 || !/^https?:\/\//.test(given[0])) {
+    console.error("usage: node client.mjs http://HOST:PORT [TOKEN_FILE] < calls.ndjson");
+    process.exit(2);
+  }
+  await main(...given);
 }

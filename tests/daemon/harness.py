@@ -183,9 +183,10 @@ class Daemon:
         return self.request("POST", "/v1/calls" + ("?wait=committed" if wait else ""), body, headers)
 
     def metric(self, name: str) -> float:
-        """Return the sum of a metric's samples."""
+        """Return the sum of a metric's samples, or the one that is named with its labels."""
         lines = self.get("/metrics").body.decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + " ", name + "{")))
+        begins = (name + " ", name + "{")
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(begins))
 
     def raw(self, timeout: float = PATIENCE) -> socket.socket:
         """Return a connected socket."""

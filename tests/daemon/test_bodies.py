@@ -89,7 +89,7 @@ def test_any_body(daemon: Daemon, body: bytes) -> None:
 
 
 @EXAMPLES
-@given(st.dictionaries(st.sampled_from(["Tracker-Producer", "Tracker-Sequence", "Tracker-Lane", "Tracker-Epoch", "Content-Type"]), st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)), st.binary(max_size=100), st.sampled_from(["/v1/batches", "/v1/producers", "/v1/calls"]))  # fmt: skip
+@given(st.dictionaries(st.sampled_from(["Tracker-Producer", "Tracker-Sequence", "Tracker-Lane", "Tracker-Epoch", "Content-Type"]), st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)), st.binary(max_size=100), st.sampled_from(["/v1/batches", "/v1/batches/recall", "/v1/producers", "/v1/calls"]))  # fmt: skip
 def test_any_headers(daemon: Daemon, headers: dict[str, str], body: bytes, path: str) -> None:
     """Whatever stands in the headers and the body, it is refused in words."""
     reply = daemon.request("POST", path, body, headers)
@@ -205,3 +205,45 @@ def test_a_body_of_empty_lines() -> None:
     with pytest.raises(ingest.Refused) as found:
         ingest.read_calls(body, now=1, max_line=100, max_calls=1)
     assert [each["line"] for each in found.value.errors] == [3_000_004]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ('{"call": "record_turn"}', "thread_id is missing"),
+        ('{"call": "resolve", "thread_id": "t"}', "resolution_type is missing"),
+        ('{"call": "record_turn", "thread_id": null}', "thread_id must be a str"),
+        *(
+            (f'{{"call": "ensure_conversation", "thread_id": "t", "at": "{at}"}}', error)
+            for at, error in (
+                ("0001-01-01T00:00:00+10:00", "at is out of range"),
+                ("9999-12-31T23:59:59-10:00", "at is out of range"),
+                ("2026-W05-6T12:00:00Z", "RFC 3339"),
+                ("20260131T120000Z", "RFC 3339"),
+                ("2026-01-31T12:00:00", "RFC 3339"),
+                ("2026-02-30T12:00:00Z", "RFC 3339"),
+            )
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(line: str, error: str) -> None:
+    """A key that is missing is said to be; an instant must be RFC 3339, and one that readers of the table can hold."""
+    with pytest.raises(ingest.Refused) as refused:
+        ingest.read_calls(line.encode(), now=0, max_line=1_000, max_calls=1)
+    [found] = refused.value.errors
+    assert error in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("at", "nanoseconds"),
+    [
+        ("1970-01-01t00:00:01.5z", 1_500_000_000),
+        ("1970-01-01 02:00:00+02:00", 0),
+        ("0001-01-01T00:00:00Z", -62_135_596_800 * 10**9),
+        ("9999-12-31T23:59:59.999999Z", 253_402_300_799_999_999 * 1_000),
+    ],
+)
+def test_instants(at: str, nanoseconds: int) -> None:
+    """Every form of RFC 3339, from the first instant to the last one."""
+    line = f'{{"call": "ensure_conversation", "thread_id": "t", "at": "{at}"}}'
+    assert ingest.read_calls(line.encode(), now=0, max_line=1_000, max_calls=1) == [("t", nanoseconds)]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tracker_daemon.backlog import Books
+from tracker_daemon.books import Books
 from tracker_daemon.collector import Reading
 from tracker_daemon.daemon.history import Columns, History, Sample, quantile
 from tracker_daemon.flush_numbers import SECONDS, FlushNumbers

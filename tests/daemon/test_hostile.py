@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import resource
+import select
 import socket
 import threading
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -13,7 +16,7 @@ import psycopg
 import pytest
 
 from tests.daemon.harness import Daemon, read_all, serving, turn
-from tests.helpers import PATIENCE, totals, wait_until
+from tests.helpers import PATIENCE, refusing_port, totals, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +38,7 @@ def shared(postgres, template) -> Iterator[Daemon]:
         daemon.post("", wait=True)
         assert totals(daemon.database).turns == len(FINE)
         assert "Traceback" not in daemon.log
+        assert "Invalid HTTP request" not in daemon.log  # no client writes the log at its own rate
         assert daemon.stop() == 0
     next(found, None)
 
@@ -95,7 +99,7 @@ def test_byte_by_byte(daemon: Daemon) -> None:
     [
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),
         (b"\r\n" * 50_000, 400),
-        (b"GET / HTTP/9.9\r\n\r\n", 400),
+        (b"GET / HTTP/9.9\r\n\r\n", 200),  # read as 1.1
         (b"GET /\x00 HTTP/1.1\r\nHost: d\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: d\r\nX: " + b"x" * 70_000, 400),
         (b"GET / HTTP/1.1\r\nHost: d\r\n" + b"X: y\r\n" * 20_000, 400),
@@ -151,6 +155,50 @@ def test_gone_in_the_middle(daemon: Daemon) -> None:
     assert "request_failed" not in daemon.log
 
 
+@pytest.mark.parametrize("requests", [1, 2], ids=["one", "two in a row"])
+def test_half_closed(daemon: Daemon, requests: int) -> None:
+    """Who ends its own side after its requests gets every answer, and the end of the connection after the last one.
+
+    With two, the second one waits in the connection while the first is answered.
+    """
+    body = turn("half").encode()
+    with psycopg.connect(daemon.database) as blocker, daemon.raw() as client:
+        blocker.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
+        lines = HEAD.replace(b"/v1/calls", b"/v1/calls?wait=committed") + b"Content-Length: %d\r\n\r\n" % len(body)
+        before = daemon.metric("tracker_calls_accepted_total")
+        client.sendall((lines + body) * requests)
+        client.shutdown(socket.SHUT_WR)
+        wait_until(lambda: daemon.metric("tracker_calls_accepted_total") > before, "the call")
+        blocker.rollback()
+        answer = read_all(client)
+    FINE.extend([200] * requests)  # turns of the module's count
+    assert answer.count(b"HTTP/1.1 200 ") == answer.count(b'{"accepted":1}') == requests
+
+
+def test_a_client_that_never_reads(daemon: Daemon) -> None:
+    """Who does not take its answers off the connection is cut off; as many as there may be at once cost nobody else."""
+    clients = [daemon.raw() for _ in range(20)]
+    poll = select.poll()
+    gone: set[int] = set()
+
+    def cut_off() -> bool:
+        gone.update(number for number, event in poll.poll(0) if event & (select.POLLHUP | select.POLLERR))
+        return len(gone) == len(clients)
+
+    try:
+        for client in clients:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+            client.setblocking(False)
+            poll.register(client, 0)
+            with suppress(BlockingIOError):
+                while True:
+                    client.send(b"GET /status.json HTTP/1.1\r\nHost: d\r\n\r\n" * 100)
+        wait_until(cut_off, "the end of every connection")
+    finally:
+        for client in clients:
+            client.close()
+
+
 def test_a_thousand_connections(database: str) -> None:
     """A thousand connections at once, to a process that was given a low limit on files: each of them is served."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -185,14 +233,48 @@ async def _all_at_once(daemon: Daemon, number: int) -> None:
         assert sum(await asyncio.gather(*(client() for _ in range(number)))) == 3 * number
 
 
+def test_idle_connections_make_room(database: str) -> None:
+    """A client that holds all the connections it can, idle, costs nobody a place; what it opens closes its own."""
+    with refusing_port() as port:
+        pass
+    where = ("127.0.0.1", port)
+    with serving(database, "--max-connections", "10", "--listen", f"127.0.0.1:{port}") as daemon:
+        held = [socket.create_connection(where, PATIENCE, ("127.0.0.2", 0)) for _ in range(15)]
+        try:
+            for client in held:
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    client.sendall(b"GET /livez HTTP/1.1\r\nHost: d\r\n\r\n")
+            with closing(http.client.HTTPConnection(*where, timeout=PATIENCE)) as other:
+                for _ in range(3):
+                    other.request("POST", "/v1/calls", TURN)
+                    reply = other.getresponse()
+                    assert (reply.status, reply.read()) == (202, b'{"accepted":1}')
+            assert daemon.get("/readyz").status == 200
+            daemon.says("connections_full")
+        finally:
+            for client in held:
+                client.close()
+
+
 def test_too_many_connections(database: str) -> None:
-    """Beyond the bound a connection is answered 503 at once; when one is free again the next is served."""
-    with serving(database, "--max-connections", "5") as daemon:
-        wait_until(lambda: daemon.get("/livez").status == 200)
-        held = [daemon.raw() for _ in range(5)]
+    """Where each connection is busy a further one is answered 503 at once; when one is free again the next is served."""
+    with refusing_port() as port:
+        pass
+    options = ["--max-connections", "5", "--listen", f"127.0.0.1:{port}"]
+    with serving(database, *options) as daemon, psycopg.connect(database) as blocker:
+        blocker.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
+
+        def connect() -> socket.socket:
+            return socket.create_connection(("127.0.0.1", port), PATIENCE, ("127.0.0.2", 0))
+
+        held = [connect() for _ in range(2)]
+        for each in held:
+            each.sendall(HEAD.replace(b"/v1/calls", b"/v1/calls?wait=committed"))
+            each.sendall(b"Content-Length: %d\r\n\r\n" % len(TURN) + TURN)
+        wait_until(lambda: daemon.metric("tracker_calls_accepted_total") == 2, "both requests")
 
         def refused() -> bool:
-            with daemon.raw() as client:
+            with connect() as client:
                 return b" 503 " in read_all(client)
 
         try:
@@ -201,11 +283,12 @@ def test_too_many_connections(database: str) -> None:
             for each in held:
                 each.close()
 
+        blocker.rollback()
+
         def served() -> bool:
-            try:
-                return daemon.get("/livez").status == 200
-            except OSError:
-                return False
+            with connect() as client:
+                client.sendall(b"GET /livez HTTP/1.1\r\nHost: d\r\n\r\n")
+                return status_of(client.recv(65_536)) == 200
 
         wait_until(served, "a free place")
 

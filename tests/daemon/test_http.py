@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import threading
+from contextlib import closing
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -13,10 +15,13 @@ import pytest
 from psycopg import sql
 
 from tests.daemon.harness import Daemon, serving, turn
-from tests.helpers import query, totals, wait_until
+from tests.helpers import PATIENCE, query, refusing_port, totals, wait_until
+from tracker_daemon import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from prometheus_client import CollectorRegistry
 
     from tracker_daemon.embedded import EmbeddedPostgres
 
@@ -176,17 +181,104 @@ def test_ready_when_the_database_is(daemon: Daemon, database: str, postgres: Emb
 
 
 def test_full(database: str) -> None:
-    """429 with `Retry-After` at the tracker's bound; nothing of the request is taken, what fits goes through after it."""
-    with serving(database, "--max-queue-size", "10", "--max-pending", "15", "--flush-interval", "60") as daemon:
+    """429 with `Retry-After` at the tracker's bound, and before it at a client's share of it, which leaves room for others.
+
+    Nothing of such a request is taken; calls on threads that are pending already go on being taken.
+    """
+    with refusing_port() as port:
+        pass
+    options = ["--max-queue-size", "10", "--max-pending", "15", "--flush-interval", "60"]
+    with serving(database, *options, "--listen", f"127.0.0.1:{port}") as daemon:
+
+        def post(names: str, numbers: int, address: str) -> tuple[int, str, str]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE, source_address=(address, 0))
+            with closing(connection):
+                connection.request("POST", "/v1/calls", "".join(turn(f"{names}{i}") for i in range(numbers)))
+                reply = connection.getresponse()
+                return reply.status, reply.headers["retry-after"] or "", str(json.loads(reply.read()).get("error"))
+
+        greedy, honest = "127.0.0.1", "127.0.0.2"
         assert daemon.post(TURN * 11).status == 400  # never fits
-        assert daemon.post("".join(turn(f"a{i}") for i in range(10))).status == 202
-        reply = daemon.post("".join(turn(f"b{i}") for i in range(10)))
-        assert (reply.status, reply.headers["retry-after"]) == (429, "1")
-        assert "max_" in reply.json["error"]
-        assert daemon.metric("tracker_calls_accepted_total") == 10
-        assert daemon.metric('tracker_calls_rejected_total{reason="full"}'.partition("{")[0]) >= 10
-        assert daemon.post("".join(turn(f"b{i}") for i in range(4)), wait=True).status == 200
-        assert totals(database).turns == 14
+        assert post("a", 10, greedy)[0] == 202
+        wait_until(lambda: daemon.metric("tracker_queue_depth") == 10)
+        status, again, why = post("b", 10, greedy)
+        assert (status, again) == (429, "1")
+        assert "max_pending is reached" in why
+        status, again, why = post("b", 4, greedy)
+        assert (status, again) == (429, "1")
+        assert "this client" in why
+        assert post("a", 10, greedy)[0] == 202
+        wait_until(lambda: daemon.metric("tracker_queue_calls") == 20)
+        assert post("c", 4, honest)[0] == 202
+        assert daemon.metric("tracker_calls_accepted_total") == 24
+        assert daemon.metric('tracker_calls_rejected_total{reason="full"}') == 10
+        assert daemon.metric('tracker_calls_rejected_total{reason="share"}') == 4
+        assert daemon.metric('tracker_requests_refused_total{status="429"}') == 2
+        daemon.post("", wait=True)
+        assert post("b", 4, greedy)[0] == 202
+        daemon.post("", wait=True)
+        assert totals(database).turns == 28
+
+
+def test_greedy_while_the_database_is_away(database: str) -> None:
+    """A client that posts new threads until it is refused leaves room: another one's calls are all taken meanwhile."""
+    with refusing_port() as port:
+        pass
+    options = ["--max-pending", "4000", "--flush-interval", "0.01", "--listen", f"127.0.0.1:{port}"]
+    with serving(database, *options) as daemon, psycopg.connect(database) as blocker:
+        blocker.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
+
+        def post(name: str, address: str) -> tuple[int, str | None]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE, source_address=(address, 0))
+            with closing(connection):
+                connection.request("POST", "/v1/calls", "".join(turn(f"{name}-{i}") for i in range(100)))
+                reply = connection.getresponse()
+                return reply.status, reply.headers["retry-after"]
+
+        taken, status = 0, 202
+        while status == 202:
+            status, again = post(f"greedy-{taken}", "127.0.0.1")
+            taken += status == 202
+        assert (status, again) == (429, "1")
+        assert [post(f"honest-{number}", "127.0.0.2") for number in range(5)] == [(202, None)] * 5
+        assert post(f"greedy-{taken}", "127.0.0.1")[0] == 429
+        blocker.rollback()
+        daemon.post("", wait=True)
+        assert totals(database).turns == 100 * (taken + 5)
+        assert post(f"greedy-{taken}", "127.0.0.1")[0] == 202
+
+
+def test_trackers_batches_that_wait_are_seen(
+    daemon: Daemon, postgres: EmbeddedPostgres, registry: CollectorRegistry
+) -> None:
+    """A daemon that serves trackers alone shows what they wait for while the database is away, from try to try."""
+    name = query(daemon.database, "SELECT current_database()")[0][0]
+    tracker = Tracker(daemon.url, flush_interval=0.01, registry=registry)
+    tracker.record_turn("before")
+    tracker.flush(PATIENCE)
+    assert daemon.metric("tracker_oldest_pending_timestamp_seconds") == 0
+    with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
+        connection.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(sql.Identifier(name)))
+        try:
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+            tracker.record_turn("t")
+            tries = daemon.metric('tracker_flushes_total{outcome="retry"}')
+            since = set()
+
+            def tried(times: int) -> bool:
+                since.add(daemon.metric("tracker_oldest_pending_timestamp_seconds"))
+                return daemon.metric('tracker_flushes_total{outcome="retry"}') >= tries + times
+
+            wait_until(lambda: tried(1), "a try")
+            since.clear()
+            wait_until(lambda: tried(4), "further tries")
+            assert len(since) == 1
+            assert since.pop() > 0
+            assert (daemon.metric("tracker_queue_calls"), daemon.metric("tracker_queue_depth")) == (1, 1)
+        finally:
+            connection.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(sql.Identifier(name)))
+    assert tracker.close(PATIENCE).lost == 0
+    assert (daemon.metric("tracker_queue_calls"), daemon.metric("tracker_calls_applied_total")) == (0, 2)
 
 
 def test_draining(daemon: Daemon) -> None:

@@ -22,6 +22,7 @@ from tests.helpers import PATIENCE, refusing_port, totals, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+GOOD = "the settings are good; the database was not asked (`tracker-daemon migrate --check` does)\n"
 TOKEN = "a-token-of-more-than-16"  # noqa: S105 - of the test alone
 
 
@@ -63,18 +64,24 @@ def test_what_is_wrong_is_said_first(folder: Path) -> None:
     for options, words in (
         (["--listen", "0.0.0.0:0"], "--token-file"),
         (["--listen", "[::]:0"], "--token-file"),
-        (["--listen", "nonsense"], "unix:PATH or HOST:PORT"),
+        (["--listen", "nonsense"], "(env var: 'TRACKER_LISTEN'): must be unix:PATH or HOST:PORT, got 'nonsense'"),
         (["--listen", socket_there, "--token-file", str(folder / "none")], "token_file cannot be read"),
         (["--listen", socket_there, "--token-file", str(short)], "at least 16"),
         (["--listen", socket_there, "--socket-group", "no-such-group"], "socket_group"),
         (["--listen", socket_there, "--flush-interval", "-1"], "flush_interval"),
         (["--listen", socket_there, "--socket-mode", "999"], "octal"),
+        (["--listen", socket_there, "--listen", socket_there], "listen names an address twice"),
+        (["--listen", socket_there, "--read-timeout", "nan"], "read_timeout must be between 0.1 and 3600"),
+        (["--listen", socket_there, "--read-timeout", "inf"], "read_timeout must be between 0.1 and 3600"),
+        (["--listen", f"unix:{short}"], "is there already, and is no socket"),
+        (["--listen", socket_there, "--linger", "601"], "linger"),
     ):
         for check in ([], ["--check-config"]):
             said = refused(*options, *check)
             assert words in said, said
+    assert "is no directory" in refused("--listen", socket_there, "--journal", str(short), "--check-config")
     good = tracker_daemon("serve", "--database", "postgresql:///none", "--listen", socket_there, "--check-config")
-    assert (good.returncode, good.stdout) == (0, "the settings are good\n")
+    assert (good.returncode, good.stdout) == (0, GOOD)
     assert not (folder / "s").exists()
     assert "TRACKER_LISTNE" in refused("--listen", socket_there, TRACKER_LISTNE="unix:x")
 
@@ -118,11 +125,12 @@ def test_health(database: str, folder: Path) -> None:
         assert (found.returncode, found.stdout) == (0, f"{daemon.url} is ready\n")
     found = tracker_daemon("health", TRACKER_LISTEN=f"unix:{folder}/none")
     assert found.returncode == 1
-    assert "does not answer" in found.stdout
+    assert found.stdout == f"unix:{folder}/none does not answer: No such file or directory\n"
     with refusing_port() as port, serving(f"host=127.0.0.1 port={port}", ready=False) as daemon:
         found = tracker_daemon("health", "--listen", daemon.url)
         assert found.returncode == 1
-        assert "is not ready: " in found.stdout
+        assert "is not ready: connecting: " in found.stdout
+        assert "Connection refused; Is the server running" in found.stdout  # libpq says it on two lines
 
 
 # -- the manager -----------------------------------------------------------------------------------
@@ -176,14 +184,43 @@ def test_token(database: str, folder: Path) -> None:
         assert (status(TOKEN), status("another-token-of-that-length")) == (401, 202)
         daemon.signal(signal.SIGHUP)
         daemon.says("reloaded")
+        daemon.says("event=token_changed")
         file.write_text("short")
         assert status("another-token-of-that-length") == 202
+        daemon.says("event=token_unreadable")
         daemon.signal(signal.SIGHUP)
         daemon.says("reload_failed")
         assert status("another-token-of-that-length") == 202
         assert TOKEN not in daemon.log + daemon.get("/status.json").body.decode()
         daemon.stop()
     assert totals(database).turns == 5
+
+
+# -- the log -----------------------------------------------------------------------------------------
+
+
+def test_log_level(database: str, folder: Path) -> None:
+    """SIGHUP reads the level's file again, up and down; what it cannot read stops the start, and later leaves the last."""
+    file = folder / "level"
+    for text in ("", "loud"):
+        file.write_text(text)
+        assert "log_level_file must hold one of debug, info" in refused("--log-level-file", str(file), "--check-config")
+    assert "log_level_file cannot be read" in refused("--log-level-file", str(folder / "none"))
+    file.write_text("error\n")
+    with serving(database, "--log-level-file", str(file)) as daemon:
+        assert "listening" not in daemon.log
+        file.write_text("info\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("log_level_changed to=info")
+        daemon.says("reloaded")
+        file.write_text("loud\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("reload_failed")
+        file.write_text("warning\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.says("log_level_changed to=warning")
+        assert daemon.stop() == 0
+        assert "stopped" not in daemon.log
 
 
 # -- the end ---------------------------------------------------------------------------------------
@@ -199,6 +236,30 @@ def test_idle_and_mid_window(database: str) -> None:
         assert daemon.end() == 0
         assert "applied=10" in daemon.log
     assert totals(database).turns == 10
+
+
+def test_told_to_end_before_it_serves(server_folder: Path, folder: Path) -> None:
+    """While its own Postgres is being made, SIGHUP changes nothing and SIGTERM ends it with 0, and no server is left."""
+    directory = server_folder / "never-there"
+    daemon = Daemon(f"embedded:{directory}", folder)
+    process = subprocess.Popen(
+        daemon.arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        wait_until(lambda: list(directory.glob("data*")), "the making of the server")
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, said
+    assert "event=stopping signal=SIGTERM" in said
+    assert "Traceback" not in said
+    assert not list(directory.glob("data/postmaster.pid"))
 
 
 @pytest.mark.parametrize("journal", [False, True])
@@ -230,6 +291,29 @@ def test_second_signal(database: str) -> None:
         assert daemon.end() == 1
         assert "drain_cut_short" in daemon.log
         assert "lost=3" in daemon.log
+
+
+def test_loss_is_seen_by_a_last_scrape(database: str) -> None:
+    """With `--linger` a daemon that lost calls answers /metrics for so long, then exits with 1; a signal cuts it short."""
+    options = ["--shutdown-timeout", "0", "--flush-interval", "60", "--linger", "600"]
+    with serving(database, *options) as daemon, psycopg.connect(database) as blocker:
+        blocker.execute("LOCK TABLE conversations IN ACCESS EXCLUSIVE MODE")
+        assert daemon.post(turn() * 4).status == 202
+        assert daemon.metric("tracker_calls_lost_total") == 0
+        daemon.signal(signal.SIGTERM)
+        daemon.says("lost=4")
+        daemon.says("event=lingering seconds=600")
+        lost_at = daemon.get("/status.json").json["now"]
+        # For longer than the last answers get in any case.
+        wait_until(lambda: daemon.get("/status.json").json["now"] > lost_at + 3, "three seconds")
+        assert daemon.metric("tracker_calls_lost_total") == 4
+        assert (daemon.get("/livez").status, daemon.get("/readyz").status) == (200, 503)
+        assert daemon.post(turn()).status == 503
+        daemon.signal(signal.SIGTERM)
+        assert daemon.end() == 1
+        assert "drain_cut_short" in daemon.log, "it was there still"
+    with serving(database, *options) as daemon:
+        assert daemon.stop() == 0, "nothing was lost: nothing to wait for"
 
 
 def test_killed_with_a_journal(database: str, folder: Path) -> None:

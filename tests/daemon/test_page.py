@@ -14,7 +14,7 @@ import pytest
 
 import tracker_daemon.daemon
 from tests.daemon.chromium import CHROMIUM, Chromium
-from tracker_daemon.backlog import Books
+from tracker_daemon.books import Books
 from tracker_daemon.collector import Reading
 from tracker_daemon.daemon.history import History
 from tracker_daemon.flush_numbers import FlushNumbers

@@ -16,18 +16,24 @@ import pytest
 from tests.strategies import NOW
 from tracker_daemon.batch import Batch
 from tracker_daemon.clock import SystemClock
+from tracker_daemon.collector import collector_of
 from tracker_daemon.daemon import bearer
 from tracker_daemon.daemon.admission import Admission
 from tracker_daemon.daemon.app import make_app
 from tracker_daemon.daemon.bearer import Token
 from tracker_daemon.daemon.options import Listen, Options
-from tracker_daemon.daemon.relay import Relay
+from tracker_daemon.daemon.relay import Full, Relay
 from tracker_daemon.delta import ThreadDelta
-from tracker_daemon.errors import JournalError, TrackerError
-from tracker_daemon.sink import Applied, SinkFault
+from tracker_daemon.errors import Fenced, JournalError, TrackerError
+from tracker_daemon.generation import KINDS
+from tracker_daemon.sink import Applied, DeadLetter, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from prometheus_client import CollectorRegistry
+
+    from tracker_daemon.clock import Clock
 
 pytestmark = pytest.mark.anyio
 
@@ -39,12 +45,12 @@ def anyio_backend() -> str:
 
 
 class FakeSink:
-    """Answers as told: an exception is raised, `None` waits until cancelled, else everything is applied."""
+    """Answers as told: an exception is raised, `None` waits for `gone`, else everything is applied."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
         self.seen: list[list[Batch]] = []
-        self.entered = anyio.Event()
+        self.entered, self.gone = anyio.Event(), anyio.Event()
 
     async def apply_many(self, batches: Sequence[Batch]) -> list[Any]:
         """See `ManySink.apply_many`."""
@@ -52,8 +58,9 @@ class FakeSink:
         answer = self.answers.pop(0) if self.answers else Applied(rows=1)
         self.entered.set()
         if answer is None:
-            await anyio.sleep_forever()
-        if isinstance(answer, Exception):
+            await self.gone.wait()
+            answer = Applied(rows=1)
+        if isinstance(answer, SinkFault | RuntimeError):
             raise answer
         return [answer] * len(batches)
 
@@ -64,9 +71,32 @@ class FakeSink:
         """See `Sink.abort`."""
 
 
-def relay_of(sink: FakeSink) -> Relay:
+class SetClock(SystemClock):
+    """The system's, whose wall clock is set ahead by hand."""
+
+    ahead = 0.0
+
+    def wall(self) -> float:
+        """See `Clock.wall`."""
+        return super().wall() + self.ahead
+
+
+NUMBERS = [
+    *(f"tracker_calls_{name}_total" for name in ("accepted", "applied", "dead_lettered", "lost")),
+    "tracker_queue_calls",
+    "tracker_queue_depth",
+    "tracker_oldest_pending_timestamp_seconds",
+]
+
+
+def total(registry: CollectorRegistry, name: str) -> float:
+    """Return the sum of a metric's samples."""
+    return sum(sample.value for family in registry.collect() for sample in family.samples if sample.name == name)
+
+
+def relay_of(sink: FakeSink, clock: Clock | None = None) -> Relay:
     """Return a relay before *sink*."""
-    return Relay(sink, SystemClock(), window=0, max_batch_size=100, max_waiting=100)  # type: ignore[arg-type]
+    return Relay(sink, clock or SystemClock(), window=0, max_batch_size=100, max_waiting=100)  # type: ignore[arg-type]
 
 
 def batch(sequence: int = 1, producer: UUID | None = None) -> Batch:
@@ -83,7 +113,7 @@ async def test_cancelled_in_a_flush() -> None:
 
     async def ask() -> None:
         try:
-            await relay.apply(batch())
+            await relay.apply(batch(), "c")
         except SinkFault as fault:
             heard.append(fault)
 
@@ -106,10 +136,10 @@ async def test_what_nobody_foresaw() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(relay.run)
             with pytest.raises(SinkFault) as found:
-                await relay.apply(batch())
+                await relay.apply(batch(), "c")
             assert found.value.kind == "other"
             assert "secret" not in str(found.value)
-            assert await relay.apply(batch()) == Applied(rows=1)
+            assert await relay.apply(batch(), "c") == Applied(rows=1)
             tasks.cancel_scope.cancel()
 
 
@@ -122,14 +152,139 @@ async def test_found_done() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(relay.run)
             with pytest.raises(SinkFault):
-                await relay.apply(batch(3, producer))
+                await relay.apply(batch(3, producer), "c")
             for _ in range(2):
-                assert await relay.apply(batch(3, producer)) == done
-            assert await relay.apply(batch(7)) == done
+                assert await relay.apply(batch(3, producer), "c") == done
+            assert await relay.apply(batch(7), "c") == done
             tasks.cancel_scope.cancel()
     books = relay.collected().books
     assert sum(books.accepted.values()) == sum(books.applied.values()) == 1
     assert relay.numbers.flushes["duplicate"] == 3
+
+
+async def test_what_waits_is_shown(registry: CollectorRegistry) -> None:
+    """While the database fails, a batch is in the queue's numbers from its first arrival until it is applied.
+
+    Through every failed try the books add up, no counter goes back, and the oldest call's instant stays.
+    """
+    producer, gate = uuid4(), FakeSink(SinkFault("connection", "cut"), SinkFault("connection", "cut"), None)
+    relay = relay_of(gate)
+    collector = collector_of(registry)
+    collector.add(relay)
+    seen: list[float] = []
+
+    def look() -> tuple[float, float, float]:
+        accepted, applied, dead, lost, calls, depth, oldest = (total(registry, name) for name in NUMBERS)
+        assert accepted == applied + dead + lost + calls
+        assert not seen or accepted >= seen[-1]
+        seen.append(accepted)
+        return calls, depth, oldest
+
+    assert look() == (0, 0, 0)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            with pytest.raises(SinkFault):
+                await relay.apply(batch(1, producer), "c")
+            calls, depth, since = look()
+            assert (calls, depth) == (1, 1)
+            assert since > 0
+            with pytest.raises(SinkFault):
+                await relay.apply(batch(1, producer), "c")
+            assert look() == (1, 1, since)
+            gate.entered = anyio.Event()
+            async with anyio.create_task_group() as asking:
+                asking.start_soon(relay.apply, batch(1, producer), "c")
+                await gate.entered.wait()
+                assert look() == (1, 1, since)
+                gate.gone.set()
+            assert look() == (0, 0, 0)
+            tasks.cancel_scope.cancel()
+    assert seen[-1] == 1
+
+
+async def test_a_sender_that_does_not_come_back(registry: CollectorRegistry) -> None:
+    """Of a batch whose sender went away nothing is shown as waiting after a minute; its calls make room for others'."""
+    clock = SetClock()
+    relay = relay_of(FakeSink(SinkFault("connection", "cut")), clock)
+    collector_of(registry).add(relay)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            with pytest.raises(SinkFault):
+                await relay.apply(batch(1), "c")
+            assert [total(registry, name) for name in NUMBERS[:6]] == [1, 0, 0, 0, 1, 1]
+            clock.ahead = 61
+            assert [total(registry, name) for name in NUMBERS] == [1, 0, 0, 0, 1, 0, 0]
+            await relay.apply(batch(1), "c")
+            assert [total(registry, name) for name in NUMBERS] == [1, 1, 0, 0, 0, 0, 0]
+            tasks.cancel_scope.cancel()
+
+
+async def test_failures_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A database that fails, and a batch that its ledger refuses, are a line in the log and an error on the page."""
+    relay, told = relay_of(FakeSink(SinkFault("timeout", "late"), Fenced("p", 0, 1, 2))), list[str]()
+    relay.on_error = lambda error: told.append(type(error).__name__)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            for error in (SinkFault, Fenced):
+                with pytest.raises(error):
+                    await relay.apply(batch(), "c")
+            tasks.cancel_scope.cancel()
+    assert told == ["SinkFault", "Fenced"]
+    events = [record.__dict__["tracker"] for record in caplog.records]
+    assert [(each["event"], each.get("kind")) for each in events] == [
+        ("batches_failed", "timeout"),
+        ("batch_refused", None),
+    ]
+
+
+async def test_dead_letters_count_by_kind(registry: CollectorRegistry) -> None:
+    """A dead letter's calls are accepted under the kinds that they were, and dead under its reason."""
+    found = batch()
+    found.deltas[0].ensure(NOW // 1_000)
+    relay = relay_of(
+        FakeSink(Applied(rows=0, dead_letters=(DeadLetter(found.deltas[0], "constraint", "23514", "no"),)))
+    )
+    collector_of(registry).add(relay)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            await relay.apply(found, "c")
+            tasks.cancel_scope.cancel()
+    accepted = {
+        kind: registry.get_sample_value("tracker_calls_accepted_total", {"call": kind}) for kind in KINDS.values()
+    }
+    assert accepted == {"ensure_conversation": 1, "record_turn": 1, "resolve": 0}
+    assert registry.get_sample_value("tracker_calls_dead_lettered_total", {"reason": "constraint"}) == 2
+    assert total(registry, "tracker_queue_calls") == 0
+
+
+async def test_one_clients_batches_leave_room_for_another(registry: CollectorRegistry) -> None:
+    """Who has as much waiting as stays free is told 429, another is served; what is refused is counted."""
+    sink = FakeSink(None)
+    relay = Relay(sink, SystemClock(), window=0, max_batch_size=1, max_waiting=4)  # type: ignore[arg-type]
+    collector_of(registry).add(relay)
+    refused: list[int] = []
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.run)
+            for client in ("greedy", "greedy", "greedy", "honest", "late", "late"):
+
+                async def ask(client: str = client) -> None:
+                    try:
+                        await relay.apply(batch(1), client)
+                    except Full as full:
+                        refused.append(full.status)
+
+                tasks.start_soon(ask)
+                await anyio.wait_all_tasks_blocked()
+            assert refused == [429, 429]
+            assert registry.get_sample_value("tracker_calls_rejected_total", {"reason": "batch"}) == 2
+            assert total(registry, "tracker_queue_depth") == 4
+            sink.gone.set()
+            tasks.cancel_scope.cancel()
 
 
 async def test_batches_of_one_go_one_a_transaction() -> None:
@@ -141,8 +296,8 @@ async def test_batches_of_one_go_one_a_transaction() -> None:
         async with anyio.create_task_group() as tasks:
             async with anyio.create_task_group() as asking:
                 for sequence in (1, 2, 3):
-                    asking.start_soon(relay.apply, batch(sequence, first))
-                asking.start_soon(relay.apply, batch(1, second))
+                    asking.start_soon(relay.apply, batch(sequence, first), "c")
+                asking.start_soon(relay.apply, batch(1, second), "c")
                 await anyio.wait_all_tasks_blocked()
                 tasks.start_soon(relay.run)
             tasks.cancel_scope.cancel()
@@ -162,6 +317,7 @@ async def test_a_failed_handler(error: Exception) -> None:
         admission=Admission(1_000_000),
         token=None,
         state="ready",
+        refused=SimpleNamespace(count=lambda _: None),
         relay=SimpleNamespace(open=fails),
     )
     transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -12,17 +13,48 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from psycopg import sql
 
-from tests.deploy.manifests import ROOT
+from tests.deploy import report
+from tests.deploy.manifests import ROOT, known_path
 from tests.deploy.podman import Podman, make_daemon, make_podman, make_postgres, make_prometheus
 from tests.helpers import running, wait_until
 from tracker_daemon.daemon.health import ask
 from tracker_daemon.daemon.options import Listen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
 
     from tracker_daemon.embedded import EmbeddedPostgres
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note in each report what the test is about."""
+    found = yield
+    if call.when != "teardown" or found.failed:
+        found.user_properties += [("artefact", mark.args) for mark in item.iter_markers("artefact")]
+    return found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print which artefact was exercised by which tool, and what was skipped and why."""
+    if config.getoption("markexpr") == "not containers":
+        return
+    results, reasons = [], Counter[str]()
+    for outcome in report.OUTCOMES:
+        for each in terminalreporter.getreports(outcome):
+            marks = [args for name, args in each.user_properties if name == "artefact"]
+            results += [(path, tuple(tools), outcome) for path, *tools in marks]
+            if outcome == "skipped" and str(each.fspath).startswith("tests/deploy"):
+                reason = each.longrepr[2] if isinstance(each.longrepr, tuple) else str(each.longrepr)
+                reasons[reason.removeprefix("Skipped: ")] += 1
+    terminalreporter.section("what of deploy/ was exercised, by what")
+    paths = {name: known_path(name) for name in ("helm", "kubectl", "promtool", "pg_dump", "pg_restore", "psql")}
+    for line in report.lines(results, reasons, paths):
+        terminalreporter.line(line)
+
 
 Samples: TypeAlias = "dict[str, dict[str, set[str]]]"
 

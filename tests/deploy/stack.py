@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import httpx
 
-from tests.helpers import wait_until
+from tests.deploy.podman import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +72,7 @@ class Stack:
             *words,
             self.image,
         ):
-            wait_until(lambda: live(folder), f"the daemon:\n{self.podman.log(name)}")
+            eventually(lambda: live(folder), f"the daemon:\n{self.podman.log(name)}")
             yield name
 
 
@@ -129,7 +129,7 @@ def stack(podman: Podman, image: str, postgres_image: str, name: str) -> Iterato
             postgres_image,
         ),
     ):
-        wait_until(lambda: podman.try_("exec", server, "pg_isready").returncode == 0, "Postgres")
+        eventually(lambda: podman.try_("exec", server, "pg_isready").returncode == 0, "Postgres")
         once = ("run", "--pull", "never", "--rm", *READ_ONLY, f"--network={network}", mount)
         environment = "--env=TRACKER_DATABASE_FILE=/etc/tracker-daemon/database"
         podman(*once, environment, image, "migrate")

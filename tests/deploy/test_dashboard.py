@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.deploy.queries import missing, names
-from tests.deploy.tools import DEPLOY, run
+from tests.deploy.tools import DEPLOY, ROOT, promtool, run
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.deploy.conftest import Samples
 
+pytestmark = pytest.mark.artefact("deploy/grafana", "grafana-foundation-sdk", "promql-parser")
 FILE = DEPLOY / "grafana" / "dashboard.json"
 BOARD: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
@@ -65,3 +71,24 @@ def test_panels_do_not_overlap() -> None:
         assert not taken & cells, panel["title"]
         assert place["x"] + place["w"] <= 24
         taken |= cells
+
+
+@pytest.mark.artefact("deploy/grafana", "prometheus", "matplotlib")
+def test_drawn_from_a_demo_run(tmp_path: Path) -> None:
+    """A daemon, traffic, a Prometheus that scrapes both: each panel's query has an answer there, and is drawn."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: `make test-deploy` has it")
+    program = promtool().resolve().with_name("prometheus")
+    if not program.exists():
+        pytest.skip("no prometheus beside promtool")
+    data, picture = tmp_path / "data.json", tmp_path / "picture.png"
+    command = (sys.executable, DEPLOY / "grafana/demo_run.py", "--seconds", "16", "--away", "2", "--data", data)
+    done = run(
+        "env", f"PATH={program.parent}:{os.environ['PATH']}", f"PYTHONPATH={ROOT}", *command, "--output", picture
+    )
+    assert done.returncode == 0, done.stdout
+    found = json.loads(data.read_text())
+    assert found["board"] == BOARD
+    asked = {f"{panel['id']} {target['refId']}": panel["title"] for panel in PANELS for target in panel["targets"]}
+    assert found["answers"].keys() == asked.keys()
+    assert [asked[key] for key, series in found["answers"].items() if not series] == []
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -141,8 +141,9 @@ def test_settings_of_the_chart() -> None:
 
 
 def test_version() -> None:
-    """Image tags and the chart have the project's version."""
+    """Image tags, the image's label and the chart have the project's version."""
     version = PROJECT["project"]["version"]
+    assert f'org.opencontainers.image.version="{version}"' in DOCKERFILE
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
     assert chart["version"] == chart["appVersion"] == version
     for service in ("migrate", "daemon", "traffic"):
@@ -162,7 +163,8 @@ def test_compose_hardening() -> None:
         assert services[name]["read_only"] is True
         assert services[name]["cap_drop"] == ["ALL"]
         assert services[name]["security_opt"] == ["no-new-privileges:true"]
-    drain = 2 * float(services["daemon"]["environment"]["TRACKER_SHUTDOWN_TIMEOUT"])
+    environment = services["daemon"]["environment"]
+    drain = 2 * float(environment["TRACKER_SHUTDOWN_TIMEOUT"]) + float(environment["TRACKER_LINGER"])
     assert int(services["daemon"]["stop_grace_period"].removesuffix("s")) > drain
 
 
@@ -184,6 +186,22 @@ def test_compose_mounts_exist() -> None:
     found = mounted(DEPLOY / "compose")
     assert len(found) > 6
     assert [path for path in found if not path.exists()] == []
+
+
+def test_grafana_is_provisioned() -> None:
+    """Grafana finds the dashboard where compose.yml mounts it, as its first page, and asks compose's Prometheus."""
+    folder = DEPLOY / "compose/grafana"
+    grafana = COMPOSE["services"]["grafana"]
+    mounts = dict(volume.split(":")[:2] for volume in grafana["volumes"])
+    (provider,) = yaml.safe_load((folder / "dashboards/tracker-daemon.yml").read_text())["providers"]
+    home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert mounts["../grafana/dashboard.json"] == home == f"{provider['options']['path']}/tracker-daemon.json"
+    assert mounts["./grafana/datasources"] == "/etc/grafana/provisioning/datasources"
+    assert mounts["./grafana/dashboards"] == "/etc/grafana/provisioning/dashboards"
+    (source,) = yaml.safe_load((folder / "datasources/prometheus.yml").read_text())["datasources"]
+    assert (source["type"], source["url"], source["isDefault"]) == ("prometheus", "http://prometheus:9090", True)
+    config = yaml.safe_load((DEPLOY / "compose/prometheus.yml").read_text(encoding="utf-8"))
+    assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
 
 
 def test_scrape_of_compose() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.deploy.manifests import ROOT
-from tests.deploy.podman import DAEMON, PYTHON
+from tests.deploy.podman import DAEMON, PYTHON, eventually
 from tests.deploy.stack import READ_ONLY, Stack, client, post, stack
-from tests.helpers import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from tests.deploy.podman import Podman
 
-pytestmark = pytest.mark.containers
+pytestmark = [
+    pytest.mark.containers,
+    pytest.mark.artefact("Dockerfile", "podman", "buildah", "runc"),
+]
 
 # Of the layers above the base image; what the README says, and some.
 MOST_BYTES = 30_000_000
@@ -51,6 +54,7 @@ def test_configuration(podman: Podman, daemon_image: str) -> None:
     assert found["Healthcheck"]["Test"] == ["CMD", "tracker-daemon-health"]
     assert set(config["Volumes"]) == {"/var/lib/tracker", "/run/tracker-daemon"}
     assert config["Labels"]["org.opencontainers.image.title"] == "tracker-daemon"
+    assert config["Labels"]["org.opencontainers.image.version"] == version("tracker-daemon")
     assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
 
 
@@ -106,15 +110,15 @@ def test_health(system: Stack, folder: Path) -> None:
     """The image's own health check says healthy while it can write, and unhealthy while the database is away."""
     podman = system.podman
     with system.daemon("health", folder=folder) as name:
-        wait_until(lambda: podman.healthy(name), "the health check", 60)
+        eventually(lambda: podman.healthy(name), "the health check")
         podman("stop", "--time", "20", system.postgres)
         try:
-            wait_until(lambda: not podman.healthy(name), "a health check that fails")
+            eventually(lambda: not podman.healthy(name), "a health check that fails")
             with client(folder) as asking:
                 assert asking.get("/livez").status_code == 200
         finally:
             podman("start", system.postgres)
-        wait_until(lambda: podman.healthy(name), "the health check", 60)
+        eventually(lambda: podman.healthy(name), "the health check")
 
 
 def test_sigterm_drains(system: Stack, folder: Path) -> None:
@@ -146,10 +150,10 @@ def test_journal_outlives_the_container(system: Stack, folder: Path) -> None:
             finally:
                 podman("start", system.postgres)
         assert state["ExitCode"] == 0, log
-        wait_until(lambda: podman.try_("exec", system.postgres, "pg_isready").returncode == 0, "Postgres")
+        eventually(lambda: podman.try_("exec", system.postgres, "pg_isready").returncode == 0, "Postgres")
         assert system.turns() == before + 10
         with system.daemon("second", *words, folder=folder):
-            wait_until(lambda: system.turns() == before + 510, "the journal's calls")
+            eventually(lambda: system.turns() == before + 510, "the journal's calls")
 
 
 def test_kill_loses_nothing(system: Stack, folder: Path) -> None:
@@ -160,9 +164,9 @@ def test_kill_loses_nothing(system: Stack, folder: Path) -> None:
         with system.daemon("killed", *words, "--env=TRACKER_FLUSH_INTERVAL=30", folder=folder) as name:
             post(folder, 300)
             podman("kill", name)
-            wait_until(lambda: not podman.inspect(name)["State"]["Running"], "the end")
+            eventually(lambda: not podman.inspect(name)["State"]["Running"], "the end")
         with system.daemon("after", *words, folder=folder):
-            wait_until(lambda: system.turns() >= before + 300, "the journal's calls")
+            eventually(lambda: system.turns() >= before + 300, "the journal's calls")
             post(folder, 1, wait=True)
     assert system.turns() == before + 301
 
@@ -174,7 +178,7 @@ def test_embedded(podman: Podman, daemon_image: str) -> None:
     podman.build(ROOT, image, "--target", "embedded")
     database = "--env=TRACKER_DATABASE=embedded:/var/lib/tracker/postgres"
     with podman.container("embedded", *READ_ONLY, "--cap-drop=ALL", database, image) as name:
-        wait_until(lambda: podman.healthy(name), "the daemon")
+        eventually(lambda: podman.healthy(name), "the daemon")
         traffic = ("demo", "--daemon", "unix:/run/tracker-daemon/tracker.sock", "--seconds", "1", "--rate", "200")
         assert "APPLIED" in podman("exec", "--env", "TRACKER_DATABASE=", name, "tracker-daemon", *traffic)
         podman("stop", "--time", "50", name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -28,9 +28,21 @@ from tests.deploy.manifests import (
     workload,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 RENDERED = (*OVERLAYS, *CASES)
 DAEMONS = tuple(name for name in RENDERED if name != "migrate")
 KUBERNETES = "1.35"
+
+
+def each(names: Iterable[str], *tools: str) -> list[Any]:
+    """Return *names* as parameters, each marked with what it is of `deploy/`, and the tools."""
+    found = []
+    for name in names:
+        ours = ("deploy/kubernetes/" + name, "kubectl") if name in OVERLAYS else (f"deploy/helm, {name}.yaml", "helm")
+        found.append(pytest.param(name, marks=pytest.mark.artefact(*ours, *tools)))
+    return found
 
 
 def rendered(name: str) -> str:
@@ -47,19 +59,21 @@ def settings_of(found: list[dict[str, Any]]) -> dict[str, str]:
 # -- by the tools ----------------------------------------------------------------------------------
 
 
+@pytest.mark.artefact("Dockerfile", "hadolint")
 def test_hadolint() -> None:
     """The Dockerfile has no fault that hadolint knows."""
     done = run(tool("hadolint"), "--failure-threshold", "style", ROOT / "Dockerfile")
     assert (done.returncode, done.stdout) == (0, "")
 
 
+@pytest.mark.artefact("deploy/compose", "docker-compose")
 def test_compose_config() -> None:
     """Compose takes its file, and warns of nothing."""
     done = run(tool("docker-compose"), "--file", DEPLOY / "compose/compose.yml", "config", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", RENDERED)
+@pytest.mark.parametrize("name", each(RENDERED, "kubernetes-validate"))
 def test_kubernetes_validate(name: str, tmp_path: Path) -> None:
     """Every manifest has the fields of its kind and no other; only the operator's two kinds are not known."""
     program = tool("kubernetes-validate")
@@ -72,7 +86,7 @@ def test_kubernetes_validate(name: str, tmp_path: Path) -> None:
     assert (done.stdout + done.stderr).count("passed for resource") == len(documents(rendered(name))) - len(unknown)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(CASES))
 def test_helm_lint(case: str) -> None:
     """Helm finds no fault in the chart with the values of each case."""
     values = DEPLOY / "helm/examples" / f"{case}.yaml"
@@ -81,6 +95,7 @@ def test_helm_lint(case: str) -> None:
     assert "[WARNING]" not in done.stdout
 
 
+@pytest.mark.artefact("deploy/helm, values.schema.json", "helm")
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -89,7 +104,7 @@ def test_helm_lint(case: str) -> None:
         ("mode=deamon", "mode"),
         ("port=0", "port"),
         ("image.digest=sha256:12", "digest"),
-        ("terminationGracePeriod=45", "must be longer than preStop and twice shutdownTimeout: more than 45"),
+        ("terminationGracePeriod=65", "must be longer than preStop, twice shutdownTimeout and linger: more than 65"),
         ("mode=sidecar", "mode sidecar needs chatServer.image"),
     ],
 )
@@ -100,6 +115,7 @@ def test_wrong_values(setting: str, message: str) -> None:
     assert message in done.stderr
 
 
+@pytest.mark.artefact("deploy/helm, values.schema.json", "jsonschema")
 def test_schema_is_a_schema() -> None:
     """The chart's schema is valid itself, describes every value, and takes the defaults."""
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
@@ -113,7 +129,7 @@ def test_schema_is_a_schema() -> None:
 # -- what a pod must say ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RENDERED)
+@pytest.mark.parametrize("name", each(RENDERED))
 def test_restricted(name: str) -> None:
     """Every pod meets the restricted standard, with a read-only root, no service-account token, and limits."""
     pods = [pod for pod in map(pod_of, documents(rendered(name))) if pod is not None]
@@ -138,7 +154,7 @@ def test_restricted(name: str) -> None:
             assert "hostPath" not in volume
 
 
-@pytest.mark.parametrize("name", DAEMONS)
+@pytest.mark.parametrize("name", each(DAEMONS))
 def test_probes(name: str) -> None:
     """Three probes on the port that the daemon listens at; readiness asks the database only where that harms nobody."""
     found = documents(rendered(name))
@@ -153,9 +169,9 @@ def test_probes(name: str) -> None:
     assert [probe["path"] for probe in probes.values()] == ["/livez", "/livez", "/livez" if sidecar else "/readyz"]
 
 
-@pytest.mark.parametrize("name", DAEMONS)
+@pytest.mark.parametrize("name", each(DAEMONS))
 def test_time_to_drain(name: str) -> None:
-    """The grace period is longer than preStop and both parts of the drain."""
+    """The grace period is longer than preStop, both parts of the drain, and the linger, which is longer than a scrape."""
     found = documents(rendered(name))
     pod = pod_of(workload(found))
     assert pod is not None
@@ -166,10 +182,15 @@ def test_time_to_drain(name: str) -> None:
         if "lifecycle" in container
     ]
     assert waits
-    assert pod["terminationGracePeriodSeconds"] > drain + max(waits)
+    linger = float(settings_of(found)["TRACKER_LINGER"])
+    assert pod["terminationGracePeriodSeconds"] > drain + max(waits) + linger
+    for document in found:
+        if document["kind"] == "PodMonitor":
+            (endpoint,) = document["spec"]["podMetricsEndpoints"]
+            assert linger > float(endpoint["interval"].removesuffix("s"))
 
 
-@pytest.mark.parametrize("name", DAEMONS)
+@pytest.mark.parametrize("name", each(DAEMONS))
 def test_secrets_are_files(name: str) -> None:
     """No secret is in the environment or in a ConfigMap; the files that the settings name are mounted."""
     found = documents(rendered(name))
@@ -186,7 +207,7 @@ def test_secrets_are_files(name: str) -> None:
         assert name_ not in settings or str(Path(settings[name_]).parent) in mounts
 
 
-@pytest.mark.parametrize("name", DAEMONS)
+@pytest.mark.parametrize("name", each(DAEMONS))
 def test_selectors_meet(name: str) -> None:
     """Service, disruption budget, network policy and monitor select the workload's pods."""
     found = documents(rendered(name))
@@ -205,7 +226,7 @@ def test_selectors_meet(name: str) -> None:
     assert "NetworkPolicy" in seen
 
 
-@pytest.mark.parametrize("name", ["overlays/standalone", "overlays/sidecar", "journal", "sidecar"])
+@pytest.mark.parametrize("name", each(["overlays/standalone", "overlays/sidecar", "journal", "sidecar"]))
 def test_everything_is_there(name: str) -> None:
     """The full cases have the budget, the policy, the monitor and the rules, and the rules are Prometheus' own."""
     found = documents(rendered(name))
@@ -220,7 +241,7 @@ def test_everything_is_there(name: str) -> None:
     assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": "tracker-daemon"}]
 
 
-@pytest.mark.parametrize("name", ["overlays/sidecar", "sidecar"])
+@pytest.mark.parametrize("name", each(["overlays/sidecar", "sidecar"]))
 def test_native_sidecar(name: str) -> None:
     """The sidecar is a restartable init container; the chat server shares its socket and has no more than the token."""
     pod = pod_of(workload(documents(rendered(name))))
@@ -236,7 +257,7 @@ def test_native_sidecar(name: str) -> None:
     assert "database" not in token
 
 
-@pytest.mark.parametrize("name", ["overlays/standalone", "journal"])
+@pytest.mark.parametrize("name", each(["overlays/standalone", "journal"]))
 def test_volume_for_the_journal(name: str) -> None:
     """The journal is on a volume of the replica's own that holds its quota."""
     found = documents(rendered(name))
@@ -249,6 +270,7 @@ def test_volume_for_the_journal(name: str) -> None:
     assert settings["TRACKER_JOURNAL"].startswith("/var/lib/tracker/")
 
 
+@pytest.mark.artefact("deploy/helm, token.yaml", "helm")
 def test_without_a_journal() -> None:
     """Without a journal there is a Deployment, no volume claim and no setting for one; the image is by digest."""
     found = documents(helmed("token"))
@@ -259,6 +281,8 @@ def test_without_a_journal() -> None:
     assert re.fullmatch(r"tracker-daemon@sha256:[0-9a-f]{64}", daemon_of(pod)["image"])
 
 
+@pytest.mark.artefact("deploy/helm, journal.yaml", "helm")
+@pytest.mark.artefact("deploy/kubernetes/overlays/standalone", "kubectl")
 def test_config_checksum() -> None:
     """A changed setting makes new pods, with helm and with kustomize; an unchanged one does not."""
 

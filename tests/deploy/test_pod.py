@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 from tests.deploy.manifests import documents, helmed, kustomized, only, workload
-from tests.deploy.podman import DAEMON
+from tests.deploy.podman import DAEMON, eventually
 from tests.deploy.stack import Stack, stack
-from tests.helpers import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +66,18 @@ def playable(found: list[dict[str, Any]], secrets: Path, folder: Path) -> dict[s
     }
 
 
-@pytest.mark.parametrize("name", ["overlays/sidecar", "overlays/standalone", "helm sidecar", "helm journal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.artefact(path, tool, "podman", "runc"))
+        for name, path, tool in (
+            ("overlays/sidecar", "deploy/kubernetes/overlays/sidecar", "kubectl"),
+            ("overlays/standalone", "deploy/kubernetes/overlays/standalone", "kubectl"),
+            ("helm sidecar", "deploy/helm, sidecar.yaml", "helm"),
+            ("helm journal", "deploy/helm, journal.yaml", "helm"),
+        )
+    ],
+)
 def test_pod(system: Stack, name: str, tmp_path: Path) -> None:
     """The pod starts with the manifest's own security, its daemon becomes ready, takes calls, and drains at the end."""
     podman, before = system.podman, system.turns()
@@ -78,7 +88,7 @@ def test_pod(system: Stack, name: str, tmp_path: Path) -> None:
     daemon = f"{pod['metadata']['name']}-tracker-daemon"
     try:
         podman("play", "kube", "--network", system.network, file)
-        wait_until(lambda: podman.try_("exec", daemon, "tracker-daemon", "health").returncode == 0, "the daemon")
+        eventually(lambda: podman.try_("exec", daemon, "tracker-daemon", "health").returncode == 0, "the daemon")
         state = podman.inspect(daemon)
         assert state["ImageName"] == DAEMON
         assert state["Config"]["User"].split(":")[0] == "10001"
@@ -89,7 +99,7 @@ def test_pod(system: Stack, name: str, tmp_path: Path) -> None:
             podman(
                 "exec", "--env", "TRACKER_LISTEN=", daemon, "tracker-daemon", *words, "--seconds", "1", "--rate", "500"
             )
-        wait_until(lambda: system.turns() > before + 100, "traffic")
+        eventually(lambda: system.turns() > before + 100, "traffic")
         log = podman.log(daemon)
         podman("pod", "stop", "--time", "40", pod["metadata"]["name"])
         assert podman.inspect(daemon)["State"]["ExitCode"] == 0, podman.log(daemon)

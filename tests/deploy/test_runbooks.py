@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tests.deploy.conftest import Daemon, Samples
 
+pytestmark = pytest.mark.artefact("deploy/runbooks", "tracker-daemon", "curl")
 FOLDER = DEPLOY / "runbooks"
 BOOKS = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "README")
 PARTS = ("Means", "At risk", "Look at", "Do", "Over")

@@ -17,6 +17,7 @@ from tests.helpers import running, wait_until
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.artefact("deploy/systemd", "systemd-analyze")
 FOLDER = DEPLOY / "systemd"
 TEXT = (FOLDER / "tracker-daemon.service").read_text(encoding="utf-8")
 
@@ -61,9 +62,10 @@ def test_exposure(unit: Path) -> None:
 
 
 def test_stop_waits_for_the_drain() -> None:
-    """The stop waits for longer than the drain may take: its two parts of shutdown_timeout, and the last answers."""
+    """The stop waits for longer than the drain may take: two parts of shutdown_timeout, the linger, the last answers."""
     [stop] = _values("TimeoutStopSec")
-    assert int(stop) >= 2 * int(_environment()["TRACKER_SHUTDOWN_TIMEOUT"]) + 10
+    environment = _environment()
+    assert int(stop) >= 2 * int(environment["TRACKER_SHUTDOWN_TIMEOUT"]) + int(environment["TRACKER_LINGER"]) + 10
 
 
 def test_credentials_are_loaded() -> None:

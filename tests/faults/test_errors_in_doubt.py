@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -17,6 +18,7 @@ from tests.faults.harness import PATIENCE, Errors, tracking
 from tests.faults.proxy import Cut, FaultProxy
 from tracker_daemon.batch import Batch
 from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.postgres.apart import Apart
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
 from tracker_daemon.sink import Applied, SinkFault
@@ -81,11 +83,11 @@ class Life:
     """One producer and its sink: sends batches by hand, so that each try is one call.
 
     Attributes:
-        did: merges under a savepoint, in all.
+        did: merges under a savepoint, and statements by which rows went one by one in the server.
     """
 
-    def __init__(self, conninfo: str, **options: Any) -> None:
-        self.sink = PostgresSink(Connector(conninfo), (None, "conversations"), **options)
+    def __init__(self, conninfo: str, table: tuple[str | None, str] = (None, "conversations"), **options: Any) -> None:
+        self.sink = PostgresSink(Connector(conninfo), table, **options)
         self.runner = asyncio.Runner()
         self.producer = uuid4()
         self.opened = self.runner.run(self.sink.open(self.producer, 0))
@@ -129,8 +131,16 @@ class Life:
 def life(conninfo: str, **options: Any) -> Iterator[Life]:
     """Make a life, and end it."""
     made = Life(conninfo, **options)
+    one_by_one = Apart._one_by_one
+
+    async def counted(self: Apart, part: list[ThreadDelta]) -> Any:
+        made.did["in server"] += 1
+        return await one_by_one(self, part)
+
     try:
-        yield made
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Apart, "_one_by_one", counted)
+            yield made
     finally:
         made.runner.run(made.sink.aclose(made.producer, 0, clean=False))
         made.runner.close()
@@ -222,14 +232,14 @@ def test_rows_that_are_only_skipped_prove_nothing(database: str, admin: psycopg.
     """With `create_missing=False` a row that is left alone did not go through."""
     admin.execute("INSERT INTO conversations (thread_id, total_tokens) VALUES ('bad', 0), ('good', 0)")
     break_for(admin, "NEW.thread_id = 'bad'", FAULTS["no RETURN"][0])
-    with life(database, create_missing=False) as one:
-        held = one.batch("bad", *GOOD)
+    with life(database) as one:
+        held = replace(one.batch("bad", *GOOD), create_missing=False)
         one.fail(held, "other", times=10)
         assert letters(admin) == []
         mend(admin)
         assert one.send(held) == Applied(rows=1, skipped=299)
         break_for(admin, "NEW.thread_id = 'bad'", FAULTS["no RETURN"][0])
-        proven = one.batch("bad", "good", *GOOD, sequence=2)
+        proven = replace(one.batch("bad", "good", *GOOD, sequence=2), create_missing=False)
         one.fail(proven, "other")
         found = one.send_on(proven, "other")
         assert (found.rows, found.skipped, len(found.dead_letters)) == (1, 299, 1)

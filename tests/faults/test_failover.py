@@ -71,8 +71,9 @@ def sink_of(conninfo: str, timeout: float = 30.0) -> PostgresSink:
 def flush_calls(tracker: Tracker, digits: Digits, batches: int, threads: int = 10) -> None:
     """Make as many batches, on threads that last."""
     for _ in range(batches):
-        for i in range(threads):
-            assert tracker.record_turn(f"t-{i}", "agent", digits.tokens(f"t-{i}"))
+        with tracker._backlog.lock:  # the worker sees all of them at once: each is one batch, on a slow machine too
+            for i in range(threads):
+                assert tracker.record_turn(f"t-{i}", "agent", digits.tokens(f"t-{i}"))
         tracker.flush(PATIENCE)
 
 

@@ -437,3 +437,20 @@ def test_pool_that_is_used_up_or_closed(database: str, errors: Errors, registry:
     anyio.run(serve)
     assert digits.read(sums(database)).exact
     assert errors.seen == []
+
+
+@needs_pgbouncer
+def test_many_bad_rows(pooled: str, database: str, errors: Errors, registry: CollectorRegistry) -> None:
+    """Bad rows one after the other go one by one in the server there as well, and nothing stays in its connection."""
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("ALTER TABLE conversations ADD CHECK (thread_id NOT LIKE 'bad%')")
+        with tracking(pooled, errors, registry, flush_interval=0.1) as tracker:
+            for number in range(200):
+                assert tracker.record_turn(f"bad-{number}", "agent", 1)
+                assert tracker.record_turn(f"good-{number % 20}", "agent", 1)
+            tracker.flush(PATIENCE)
+        assert admin.execute("SELECT count(*) FROM tracker_dead_letters").fetchall() == [(200,)]
+    assert sums(database) == {f"good-{number}": 10 for number in range(20)}
+    with psycopg.connect(pooled) as same:
+        left = same.execute("SELECT current_setting('tracker_daemon.thread_ids', true)").fetchone()
+    assert left in ((None,), ("",))

@@ -466,11 +466,12 @@ def test_database_that_does_not_hold_every_character(
         with psycopg.connect(conninfo, autocommit=True, client_encoding="UTF8") as admin:
             admin.execute("ALTER TABLE conversations ADD CHECK (thread_id NOT LIKE 'bad%')")
             with tracking(f"{conninfo} client_encoding=LATIN1", errors, registry) as tracker:
-                turns(tracker, "good", "smile-😀", "bad-\\ü", "bad-\\xfc")
+                many = [f"bad-{number}-ü" for number in range(30)]  # these go one by one in the server
+                turns(tracker, "good", "smile-😀", "bad-\\ü", "bad-\\xfc", *many)
                 tracker.flush(60)
             found = [row[0] for row in admin.execute("SELECT delta FROM tracker_dead_letters").fetchall()]
             threads = {from_json(delta).thread_id for delta in found}
-            assert {"bad-\\ü", "bad-\\xfc"} <= threads
+            assert {"bad-\\ü", "bad-\\xfc", *many} <= threads
             assert ("smile-😀" in threads) == (encoding != "SQL_ASCII")
             assert rows(admin).keys() >= {"good"}
     finally:

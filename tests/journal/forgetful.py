@@ -20,8 +20,8 @@ class ForgetfulSink(MemorySink):
     `forgotten` are the batches that this undid.
     """
 
-    def __init__(self, at: int = 0, back_to: int = 0, *, create_missing: bool = True) -> None:
-        super().__init__(create_missing=create_missing)
+    def __init__(self, at: int = 0, back_to: int = 0) -> None:
+        super().__init__()
         self.at, self.back_to = at, back_to
         self.forgotten: list[Batch] = []
         self._then: tuple[Any, ...] | None = None

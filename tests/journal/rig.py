@@ -12,6 +12,7 @@ from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
 from tracker_daemon.journal.journal import Journal
 from tracker_daemon.journal.records import Header
+from tracker_daemon.mending import Mender
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -111,6 +112,7 @@ class Rig:
         settings: dict[str, Any] = {"sync_interval": 0.1, "retain": 600.0, "quota": 1 << 30, **cut, **options}
         self.journal = Journal(directory, **settings)
         self.backlog = Backlog(max_queue_size=10_000, max_pending=max_pending, journal=self.journal, **cut)
+        self.mender = Mender(self.backlog, self.journal)
         self.numbers = FlushNumbers()
         self.flusher = ByHand(self.backlog, sink, clock or ManualClock(), self.numbers, self.told.append, self.journal)
 
@@ -126,6 +128,9 @@ class Rig:
     def seal(self) -> None:
         """End the window."""
         self.drain()
+        while self.backlog.must_seal:
+            self.backlog.seal()
+            self.drain()
         if self.backlog.window_threads:
             self.backlog.seal()
 
@@ -140,11 +145,8 @@ class Rig:
 
     def keep(self) -> None:
         """Do what the worker does for the journal between two chunks of calls."""
-        self.journal._failed_at = float("-inf")
-        if self.journal.untrusted:
-            self.backlog.rewrite_sealed()
-        if self.journal.wants_rewriting:
-            self.backlog.rewrite()
+        self.journal._failed_at = self.journal._anew_from = float("-inf")
+        self.mender.mend()
 
     def sync(self) -> None:
         """Bring everything to the disk."""

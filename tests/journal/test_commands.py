@@ -293,11 +293,15 @@ def test_recover_without_a_database(tmp_path: Path) -> None:
 
 
 def test_settings_from_the_environment(tmp_path: Path, database: str) -> None:
-    """The directory and every option."""
+    """The directory and every setting; what is of one run alone is none, and stops it."""
     left = Left(tmp_path)
     spoil(left.first_file, offsets(left.first_file)[3] + FRAME.size + 1)
     environment = {"TRACKER_JOURNAL": str(tmp_path), "TRACKER_DATABASE": database}
-    assert json.loads(cli("inspect", TRACKER_JSON="1", **environment).stdout.splitlines()[0])["ledger"] is None
+    assert json.loads(cli("inspect", "--json", **environment).stdout.splitlines()[0])["ledger"] is None
     assert cli("recover", **environment).exit_code == 1
-    assert cli("recover", TRACKER_SKIP_DAMAGE="1", **environment).exit_code == 0
+    refused = cli("recover", TRACKER_SKIP_DAMAGE="1", **environment)
+    assert refused.exit_code == 2
+    assert "TRACKER_SKIP_DAMAGE is no setting" in refused.stderr
+    assert cli("inspect", TRACKER_JSON="1", **environment).exit_code == 2
+    assert cli("recover", "--skip-damage", **environment).exit_code == 0
     assert turns(database) == 8

@@ -128,7 +128,7 @@ def leave_windows(trackers: Trackers, digits: Digits, journal: Path) -> None:
         with tracker._backlog.lock:  # the worker sees all of them at once
             calls(tracker, digits, 12)
         tracker._worker.wake()
-        wait_until(lambda number=number: len(tracker._backlog._sealed) == number + 1, "a window sealed")  # type: ignore[misc]
+        wait_until(lambda number=number: len(tracker._backlog.sealed) == number + 1, "a window sealed")  # type: ignore[misc]
     assert tracker.close(0).journaled == 48
 
 

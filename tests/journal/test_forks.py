@@ -136,3 +136,19 @@ def test_two_trackers_on_one_directory(database: str, tmp_path: Path) -> None:
     assert "is in use by process" in outcome.by("second")["refused"]
     assert outcome.accepted == 1
     assert sums(database) == {"a": 0}
+
+
+@pytest.mark.parametrize("scene", ["hook_that_calls", "handler_that_calls"])
+def test_calls_in_the_middle_of_a_fork(database: str, tmp_path: Path, scene: str) -> None:
+    """Whatever calls in the child first, a hook or a signal handler: nothing is written into the parent's files."""
+    outcome = play(scene, database, tmp_path, -signal.SIGKILL)
+    again = play("again", database, tmp_path)
+    digits = Digits()
+    for line in (*outcome.said, *again.said):
+        if "made" in line:
+            digits.tokens(line["made"])
+    found = sums(database)
+    found.pop("of a child", None)
+    verdict = digits.read(found)
+    assert (verdict.missing, verdict.doubled) == ([], [])
+    assert len(digits.made) > 5

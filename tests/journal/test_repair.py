@@ -32,8 +32,8 @@ class Away(BaseException):
 class Some(MemorySink):
     """Takes so many batches."""
 
-    def __init__(self, batches: int, *, create_missing: bool = True) -> None:
-        super().__init__(create_missing=create_missing)
+    def __init__(self, batches: int) -> None:
+        super().__init__()
         self.left = batches
 
     async def apply(self, batch: Batch) -> Applied:
@@ -199,7 +199,7 @@ def test_killed_while_it_is_repaired(where: str, applied: int, tmp_path: Path) -
 
 def test_more_batches_than_there_were(tmp_path: Path) -> None:
     """Without what is lost a window may fall into more batches than it had: they are not numbered into the next one."""
-    calls, sink = Calls(), Some(0, create_missing=False)
+    calls, sink = Calls(), Some(0)
     rig = Rig(tmp_path, sink, create_missing=False)
     rig.call(("t", 1))
     for number in range(2):

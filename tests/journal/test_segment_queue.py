@@ -45,7 +45,7 @@ def new_queue(size: int = SMALL) -> SegmentQueue:
     def make(window: int, needed: int) -> Segment:
         return Segment(header(number=next(numbers), window=window), max(size, HEADER_SIZE + needed), None)
 
-    return SegmentQueue(make)
+    return SegmentQueue(make, lambda _: None)
 
 
 def a_call(number: int, thread: str = "t") -> Record:
@@ -80,7 +80,7 @@ def cut(queue: SegmentQueue) -> tuple[list[Record], list[Segment]]:
     """End the window; return what was not read of it yet, and its segments."""
     queue.cut(queue.prepare_cut())
     rest = drained(queue)
-    return rest, queue.take_read()
+    return rest, queue.take_window()
 
 
 def test_in_order_through_rolls_and_cuts() -> None:

@@ -80,7 +80,7 @@ def test_of_the_open_window(tmp_path: Path, disk: Disk) -> None:
     before = {segment.path for segment in rig.journal.queue.segments}
     fail_fsync(rig, disk)
     rig.call(calls.next("t1"))
-    assert not rig.journal.wants_rewriting, "not at once"
+    assert rig.journal.wants_rewriting
     rig.keep()
     assert rig.journal.untrusted == []
     assert not rig.journal.degraded
@@ -91,6 +91,43 @@ def test_of_the_open_window(tmp_path: Path, disk: Disk) -> None:
     rig.sync()
     rig.crash()
     assert after_loss_of_power(disk, tmp_path / "left", sink) == calls.made
+
+
+def test_another_file_at_once(tmp_path: Path, disk: Disk) -> None:
+    """After a failed fsync calls go to the next file that is needed, not to memory for a while."""
+    rig, calls = Rig(tmp_path / "live", MemorySink()), Calls()
+    rig.call(calls.next("t0"))
+    fail_fsync(rig, disk)
+    rig.seal()
+    rig.call(calls.next("t1"))
+    assert rig.journal.queue.on_disk
+    assert not rig.journal.degraded
+    rig.crash()
+
+
+@pytest.mark.parametrize("then", ["allocate", "fsync"])
+def test_another_file_once(then: str, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that one cannot be had, or synced, either, the disk is left alone for a while."""
+    rig, calls = Rig(tmp_path / "live", MemorySink()), Calls()
+    rig.call(calls.next("t0"))
+    fail_fsync(rig, disk)
+    assert rig.journal.may_try
+    if then == "fsync":
+        disk.fails.append(("fdatasync", ""))
+        rig.mender.mend()
+        assert rig.journal.errors == {"fsync": 2}
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", no_room)
+        rig.mender.mend()
+        assert rig.journal.errors == {"fsync": 1, "allocate": 1}
+    assert rig.journal.degraded
+    assert not rig.journal.may_try
+    rig.crash()
+
+
+def no_room(*_: object) -> None:
+    """Fail as a full disk does."""
+    raise OSError(28, "No space left on device")
 
 
 def test_of_a_file_that_is_read_already(tmp_path: Path, disk: Disk) -> None:
@@ -157,7 +194,7 @@ def test_of_a_sealed_window_twice(tmp_path: Path, disk: Disk) -> None:
         segment.path, rig.journal._bad = window.paths[0], [segment]
         rig.keep()
         assert window.first == 1 + sink.ledger[rig.journal.producer, 0].applied_sequence
-        assert window.load().calls == rig.backlog._sealed[0].calls
+        assert window.load().calls == rig.backlog.sealed[0].calls
     rig.crash()
     assert after_loss_of_power(disk, tmp_path / "left", sink) == calls.made
 
@@ -172,7 +209,7 @@ def test_of_a_spilled_window(tmp_path: Path, disk: Disk) -> None:
     for number in range(5):
         rig.call(calls.next(f"t{number}"))
     rig.seal()
-    spilled = rig.backlog._sealed[1]
+    spilled = rig.backlog.sealed[1]
     assert spilled.generation is None
     assert spilled.stored is not None
     fail_fsync(rig, disk, spilled.stored.paths[0].name)
@@ -188,7 +225,7 @@ def test_of_a_spilled_window_that_cannot_be_read(tmp_path: Path, disk: Disk, mon
     for thread_id in ("t0", "t1"):
         rig.call(calls.next(thread_id))
         rig.seal()
-    spilled = rig.backlog._sealed[1].stored
+    spilled = rig.backlog.sealed[1].stored
     assert spilled is not None
     fail_fsync(rig, disk, spilled.paths[0].name)
     with monkeypatch.context() as patch:
@@ -274,7 +311,7 @@ def test_compacted_many_times(max_batch_size: int, create_missing: bool, tmp_pat
     """A window that is written anew again and again gives the batches that the calls give."""
     options = {"max_batch_size": max_batch_size, "create_missing": create_missing}
     random, calls = Random(3), Calls()
-    plain, compacted = MemorySink(create_missing=create_missing), MemorySink(create_missing=create_missing)
+    plain, compacted = MemorySink(), MemorySink()
     made = (("plain", plain), ("compacted", compacted))
     rigs = [Rig(tmp_path / name, sink, **options) for name, sink in made]  # type: ignore[arg-type]
     rewritten = 0

@@ -122,8 +122,8 @@ class ScriptedSink(MemorySink):
         met: how often the remarkable things happened.
     """
 
-    def __init__(self, clock: ManualClock, *, create_missing: bool = True) -> None:
-        super().__init__(create_missing=create_missing)
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__()
         self._clock = clock
         self.script: deque[Outcome] = deque()
         self.opened: list[UUID] = []

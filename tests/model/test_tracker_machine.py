@@ -256,7 +256,7 @@ class Life:
     @property
     def batches_at_head(self) -> int:
         """How many batches the oldest sealed window has left."""
-        return len(self.backlog._sealed[0].batches)
+        return len(self.backlog.sealed[0].batches)
 
     def _renew(self, producer: UUID) -> None:
         assert producer != self.producer, "an old identity is used"
@@ -461,7 +461,7 @@ class TrackerMachine(RuleBasedStateMachine):
         """Choose the bounds, and begin the first life."""
         self.options = {"max_queue_size": 1_000, "max_pending": 1_000, **options}
         self.clock = ManualClock()
-        self.sink = ScriptedSink(self.clock, create_missing=options["create_missing"])
+        self.sink = ScriptedSink(self.clock)
         self.digits = Digits()
         self.calls: dict[str, list[Record]] = {thread_id: [] for thread_id in THREADS}
         self.gone: dict[str, set[int]] = {thread_id: set() for thread_id in THREADS}

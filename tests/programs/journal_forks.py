@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
@@ -280,6 +280,78 @@ def twice_in_one_process() -> None:
     first.close()
     second = new_tracker()
     say("third", accepted=int(second.record_turn("a")), lost=second.close().lost)
+
+
+def hook_that_calls() -> None:
+    """A hook that was registered before the tracker's own calls in the child; then the parent is killed."""
+    made: list[Tracker] = []
+
+    def hook() -> None:
+        for tracker in made:
+            make(tracker, "hook", 8)
+
+    os.register_at_fork(after_in_child=hook)
+    make_hooked = new_tracker()
+    made.append(make_hooked)
+    make(make_hooked, "before")
+
+    def child() -> None:
+        make(make_hooked, "child")
+        say("child", lost=make_hooked.close().lost)
+
+    pid = fork(child)
+    make(make_hooked, "after")
+    join(pid)
+    killed()
+
+
+def shooting() -> Event:
+    """Send a signal to this process and its children, over and over, until the event is set."""
+    assert os.getpgrp() == os.getpid(), "a group of its own"
+    ended = Event()
+
+    def shoot() -> None:
+        while not ended.wait(0.000_2):
+            os.killpg(0, signal.SIGALRM)
+
+    Thread(target=shoot, daemon=True).start()
+    return ended
+
+
+def handler_that_calls() -> None:
+    """A signal handler calls in parent and children, at any instant of the forks; then the parent is killed."""
+    tracker, me, busy = new_tracker(), os.getpid(), list[int]()
+    numbers = {"main": 0, "handler": 0}
+
+    def one(name: str) -> None:
+        number = numbers[name]
+        numbers[name] += 1
+        assert tracker.record_turn(f"{name}-{number // 31}", name, 4 ** (number % 31))
+
+    def handler(*_: object) -> None:
+        if not busy:
+            busy.append(1)
+            if os.getpid() == me:
+                one("handler")
+            else:
+                tracker.record_turn("of a child", "child", 1)
+            busy.pop()
+
+    signal.signal(signal.SIGALRM, handler)
+    ended = shooting()
+    for _ in range(150):
+        one("main")
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        for _ in range(20):
+            one("main")
+        os.waitpid(pid, 0)
+    ended.set()
+    for name, number in numbers.items():
+        for made in range(number):
+            say(name, made=f"{name}-{made // 31}")
+    killed()
 
 
 if __name__ == "__main__":

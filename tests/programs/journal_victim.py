@@ -33,7 +33,7 @@ from tracker_daemon.postgres.sink import PostgresSink
 if TYPE_CHECKING:
     from tracker_daemon.batch import Batch
     from tracker_daemon.journal.windows import Window
-    from tracker_daemon.sink import Applied, Opened
+    from tracker_daemon.sink import Applied
 
 
 def watch(notes: memoryview) -> None:
@@ -51,7 +51,7 @@ def watch(notes: memoryview) -> None:
 
     def watched_seal(self: Backlog) -> None:
         seal(self)
-        notes[Note.SPILLED] += self._sealed[-1].generation is None
+        notes[Note.SPILLED] += bool(self.sealed) and self.sealed[-1].generation is None
 
     def watched_settle(self: Backlog, batch: Any, applied: Applied) -> Window | None:
         notes[Note.SETTLED] = self.name()[1]
@@ -61,9 +61,9 @@ def watch(notes: memoryview) -> None:
         notes[Note.FOUND_APPLIED] += applied.duplicate
         settle_recovered(self, batch, applied)
 
-    async def watched_recover_window(self: Flusher, window: Window, position: Opened) -> int:
+    async def watched_recover_window(self: Flusher, window: Window) -> int:
         notes[Note.RECOVERING] += 1
-        calls = await recover_window(self, window, position)
+        calls = await recover_window(self, window)
         notes[Note.RECOVERED] += bool(calls)
         notes[Note.TORN] += bool(window.torn)
         return calls

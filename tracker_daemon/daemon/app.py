@@ -26,6 +26,7 @@ from tracker_daemon.daemon import ingest
 from tracker_daemon.daemon.relay import Full
 from tracker_daemon.errors import FlushTimeout, TrackerError
 from tracker_daemon.logs import get_logger
+from tracker_daemon.sink import LedgerMissing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from tracker_daemon.daemon.admission import Admission
     from tracker_daemon.daemon.service import Service
     from tracker_daemon.generation import Record
+    from tracker_daemon.sink import Applied
 
     Handler = Callable[[Request], Awaitable[Response]]
 
@@ -65,6 +67,7 @@ def make_app(service: Service) -> ASGIApp:
         Route("/v1/producers", guarded(api.open), methods=["POST"]),
         Route("/v1/producers/{producer:uuid}/{lane:int}", guarded(api.close), methods=["DELETE"]),
         Route("/v1/batches", guarded(api.apply), methods=["POST"]),
+        Route("/v1/batches/recall", guarded(api.recall), methods=["POST"]),
         Route("/metrics", api.metrics),
         Route("/livez", api.live),
         Route("/readyz", api.ready),
@@ -117,7 +120,12 @@ class _Api:
     def guarded(self, handler: Handler) -> Handler:
         """Return *handler* behind the token and the state of the service."""
 
-        async def run(request: Request) -> Response:  # noqa: PLR0911 - one a kind of end
+        async def run(request: Request) -> Response:
+            answer = await answered(request)
+            self._service.refused.count(answer.status_code)
+            return answer
+
+        async def answered(request: Request) -> Response:  # noqa: PLR0911 - one a kind of end
             try:
                 self._admit(request)
                 return await handler(request)
@@ -125,8 +133,10 @@ class _Api:
                 return JSONResponse(answer.value, answer.status, headers=answer.headers)
             except wire.Malformed as error:
                 return JSONResponse({"error": str(error)}, 400)
-            except Full:
-                return JSONResponse({"error": "too much waits for the database already"}, 503, headers=_RETRY)
+            except Full as full:
+                whose = "of this client's" if full.status == 429 else "of the clients'"
+                text = f"too much {whose} waits for the database already"
+                return JSONResponse({"error": text}, full.status, headers=_RETRY)
             except FlushTimeout as error:
                 return JSONResponse({"error": str(error)}, 503, headers=_RETRY)
             except ClientDisconnect:
@@ -193,26 +203,37 @@ class _Api:
                     limiter=self._readers,
                 )
             except ingest.Refused as refused:
-                service.count_refused(len(refused.errors))
+                service.count_malformed(len(refused.errors))
                 raise Answer(400, {"errors": refused.errors}) from None
             if "tracker-producer" in request.headers or "tracker-sequence" in request.headers:
                 batch = self._batch(request, records)
-                applied = await service.relay.apply(batch)
+                applied = await self._identified(request, batch)
                 answer = {"accepted": len(records), "duplicate": applied.duplicate}
                 return JSONResponse(answer, 200 if wait else 202)
             # In a thread: it waits while the tracker's worker folds.
-            bound = None
+            no = None
             if records:
-                bound = await anyio.to_thread.run_sync(service.tracker.take, records, now, limiter=self._readers)
-            if bound is not None:
-                status = 503 if bound == "closed" else 429
-                raise Answer(status, {"error": f"not accepted: {bound} is reached"}, _RETRY)
+                no = await anyio.to_thread.run_sync(
+                    service.shares.take, _client(request), records, now, limiter=self._readers
+                )
+            if no is not None:
+                raise Answer(no[0], {"error": f"not accepted: {no[1]}"}, _RETRY)
         if wait:
             try:
                 await service.tracker.aflush(_WAIT)
             except FlushTimeout:
                 wait = None  # the calls are taken: an answer that asks for them again would count them twice
         return JSONResponse({"accepted": len(records)}, 200 if wait else 202)
+
+    async def _identified(self, request: Request, batch: Batch) -> Applied:
+        try:
+            return await self._service.relay.apply(batch, _client(request))
+        except LedgerMissing:
+            text = (
+                "the database has forgotten this Tracker-Producer (restored, or emptied): whether this request was"
+                " applied before cannot be known. It was not applied now; it is taken if it is sent again"
+            )
+            raise Answer(409, {"error": text}) from None
 
     def _batch(self, request: Request, records: list[Record]) -> Batch:
         producer, sequence = wire.producer(request.headers), wire.sequence(request.headers)
@@ -230,13 +251,23 @@ class _Api:
         return JSONResponse(wire.opened_json(opened))
 
     async def apply(self, request: Request) -> Response:
+        client = _client(request)
+        return await self._batched(request, lambda batch: self._service.relay.apply(batch, client))
+
+    async def recall(self, request: Request) -> Response:
+        return await self._batched(request, self._service.relay.recall)
+
+    async def _batched(self, request: Request, do: Callable[[Batch], Awaitable[Applied]]) -> Response:
         if request.headers.get("content-type") != wire.BATCH_TYPE:
             raise Answer(415, {"error": f"the body must be {wire.BATCH_TYPE}"})
         async with self._body(request) as body:
-            batch = await anyio.to_thread.run_sync(wire.decode_batch, request.headers, body, limiter=self._readers)
+            default = self._service.tracker.create_missing
+            batch = await anyio.to_thread.run_sync(
+                lambda: wire.decode_batch(request.headers, body, create_missing=default), limiter=self._readers
+            )
             if batch.epoch == 0:
                 raise wire.Malformed("Tracker-Epoch must be at least 1: open the producer first")
-            applied = await self._service.relay.apply(batch)
+            applied = await do(batch)
         return JSONResponse(wire.applied_json(applied))
 
     async def close(self, request: Request) -> Response:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hmac
 from typing import TYPE_CHECKING
 
+from tracker_daemon.clock import SystemClock
 from tracker_daemon.errors import ConfigError
+from tracker_daemon.logs import Rated, get_logger
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +31,7 @@ class Token:
         self._path = path
         self._seen: tuple[int, int, int] | None = None
         self._value = b""
+        self._rated = Rated(SystemClock())
         self.reload()
 
     def reload(self) -> None:
@@ -50,10 +53,16 @@ class Token:
         return same and scheme.lower() == "bearer"
 
     def _look(self) -> None:
+        # It may be replaced just now: what was read last holds until there is something better.
         try:
             status = self._path.stat()
-            if (status.st_mtime_ns, status.st_ino, status.st_size) != self._seen:
-                self.reload()
-        except (OSError, ConfigError):
-            # Being replaced just now: what was read last holds until there is something better.
-            return
+            if (status.st_mtime_ns, status.st_ino, status.st_size) == self._seen:
+                return
+            before = self._value
+            self.reload()
+        except (OSError, ConfigError) as error:
+            if (due := self._rated.due("token")) is not None:
+                get_logger().error("token_unreadable", error=str(error), holds="the token read last", **due)
+        else:
+            if self._value != before:
+                get_logger().info("token_changed", file=str(self._path))

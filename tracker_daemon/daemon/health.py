@@ -36,7 +36,8 @@ def ask(address: Listen, timeout: float) -> tuple[bool, str]:
         value = json.loads(answer.read(65_536))
         reason = value.get("reason") or value.get("error") or ""
     except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
-        return False, f"{address} does not answer: {error or type(error).__name__}"
+        why = (isinstance(error, OSError) and error.strerror) or error or type(error).__name__
+        return False, f"{address} does not answer: {why}"
     finally:
         connection.close()
     if answer.status == 200:

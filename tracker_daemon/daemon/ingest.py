@@ -29,8 +29,12 @@ _FIELDS: Final = {
     "record_turn": {"thread_id", "agent_name", "tokens", "cost"},
     "resolve": {"thread_id", "resolution_type"},
 }
+_NEEDED: Final = {"thread_id", "resolution_type"}
 _MOST_ERRORS: Final = 20
-# Year 1 to 9999 in what datetime can hold; Postgres holds more.
+_RFC_3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+# Year 1 to 9999 in UTC, what readers of the table can hold; Postgres holds more.
+_FIRST: Final = -62_135_596_800
+_LAST: Final = 253_402_300_799
 _NANOSECONDS: Final = 1_000
 _EMPTY_LINES: Final = re.compile(rb"\s*\n")
 
@@ -111,11 +115,14 @@ def _call(line: bytes, now: int) -> Record:
     at = _instant(value.pop("at", None), now)
     if unknown := sorted(set(value) - _FIELDS[kind]):
         raise _Wrong(f"{kind} has no {shown(unknown[0])}")
-    thread_id = calls.name("thread_id", value.get("thread_id"))
+    for key in _NEEDED & _FIELDS[kind]:
+        if key not in value:
+            raise _Wrong(f"{key} is missing")
+    thread_id = calls.name("thread_id", value["thread_id"])
     if kind == "ensure_conversation":
         return thread_id, at
     if kind == "resolve":
-        return thread_id, calls.name("resolution_type", value.get("resolution_type")), at
+        return thread_id, calls.name("resolution_type", value["resolution_type"]), at
     return (
         thread_id,
         calls.optional_name("agent_name", value.get("agent_name")),
@@ -155,14 +162,16 @@ def _instant(value: Any, now: int) -> int:
         return now
     if isinstance(value, str):
         try:
-            when = datetime.fromisoformat(value)
+            when = datetime.fromisoformat(value.upper()) if _RFC_3339.fullmatch(value) else None
         except ValueError:
             when = None
         if when is not None and when.tzinfo is not None:
             try:
                 seconds = int(when.replace(microsecond=0).timestamp())
             except (OverflowError, OSError, ValueError):
-                raise _Wrong(f"at is out of range, got {shown(value)}") from None
+                seconds = _FIRST - 1
+            if not _FIRST <= seconds <= _LAST:
+                raise _Wrong(f"at is out of range, got {shown(value)}")
             return (seconds * 1_000_000 + when.microsecond) * _NANOSECONDS
     raise _Wrong(f"at must be an instant with its offset (RFC 3339), got {shown(value)}")
 
@@ -180,4 +189,4 @@ def batch_of(producer: UUID, sequence: int, records: Iterable[Record], *, create
     if late := next(iter(generation.followers), None):
         fault = f"ensure_conversation of {shown(late)} must come before its other calls, or in a later request"
         raise Refused([{"line": None, "error": fault}])
-    return Batch(producer, 0, 0, sequence, tuple(generation.all()))
+    return Batch(producer, 0, 0, sequence, tuple(generation.all()), create_missing)

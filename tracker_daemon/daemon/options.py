@@ -86,7 +86,7 @@ class Options:
         max_body: bytes in a request.
         max_line: bytes in a line of NDJSON.
         max_connections: at once.
-        read_timeout: seconds for a request's head, and for each part of its body.
+        read_timeout: seconds for a request's head, for each part of its body, and for its answer to be read.
         memory: bytes of requests under way at once.
     """
 
@@ -107,5 +107,10 @@ class Options:
             raise ConfigError(
                 "listen", "is reached from other machines, which needs --token-file", ", ".join(map(str, open_to_all))
             )
+        if not 0.1 <= self.read_timeout <= 3_600:  # and no NaN, which compares with nothing
+            raise ConfigError("read_timeout", "must be between 0.1 and 3600 seconds", self.read_timeout)
+        for number, address in enumerate(self.listen):
+            if address in self.listen[:number]:
+                raise ConfigError("listen", "names an address twice", str(address))
         if not self.listen:
             raise ConfigError("listen", "must name at least one address")

@@ -4,6 +4,7 @@ Rules:
 1. What can be wrong with the settings is said before anything starts.
 2. Ready is told (`/readyz`, systemd) once the database would take a batch; not ready before anything is drained.
 3. The first SIGTERM or SIGINT drains; a second one cuts that short. The exit status says whether calls were lost.
+4. Calls lost at the end are counted when no scrape comes any more: with `linger` the process answers on for so long.
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ import os
 import signal
 import socket
 import stat
-import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tracker_daemon.daemon.app import make_app
+from tracker_daemon.daemon.connections import bounded
 from tracker_daemon.daemon.notify import notify, watchdog_seconds
 from tracker_daemon.errors import ConfigError
 from tracker_daemon.logs import get_logger
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     from tracker_daemon.daemon.service import Service
 
 _HEAD: Final = 16 << 10
-_TOO_MANY: Final = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-)
 _BACKLOG: Final = 2_048
 _KEEP_ALIVE: Final = 75
 _LAST_ANSWERS: Final = 2.0
@@ -139,58 +135,6 @@ def bind_all(options: Options) -> list[socket.socket]:
 # -- the server ------------------------------------------------------------------------------------
 
 
-def _protocol(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of small methods
-    """Return uvicorn's protocol with bounds on connections and on the time for a request's head."""
-
-    class Bounded(H11Protocol):
-        _late: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self.client = self.client or _peer(transport)
-            if len(self.connections) > options.max_connections:
-                transport.write(_TOO_MANY)
-                transport.close()
-                return
-            self._watch()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._forget()
-            elif self._late is None:
-                self._watch()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self._late is None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
-                self._watch()  # the beginning of the next head came with this request
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._forget()
-            super().connection_lost(exc)
-
-        def _watch(self) -> None:
-            self._late = self.loop.call_later(options.read_timeout, self.transport.close)
-
-        def _forget(self) -> None:
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
-
-    return Bounded
-
-
-def _peer(transport: asyncio.Transport) -> tuple[str, int] | None:
-    """Name the process at the other end of a Unix socket, if it is of this machine and container."""
-    peer = transport.get_extra_info("socket")
-    option = getattr(socket, "SO_PEERCRED", None)
-    if peer is None or option is None or peer.family != socket.AF_UNIX:
-        return None
-    pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))[0]
-    return (f"process {pid}", 0) if pid else None
-
-
 class _Server(uvicorn.Server):
     """A server whose signals are ours."""
 
@@ -202,7 +146,7 @@ class _Server(uvicorn.Server):
 def _server(service: Service) -> _Server:
     config = uvicorn.Config(
         make_app(service),
-        http=_protocol(service.options),
+        http=bounded(service.options),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -226,6 +170,7 @@ class Process:
         service: what is served.
         sockets: where.
         shutdown_timeout: seconds for the drain.
+        linger: seconds for which it answers after a drain that lost calls, so that a scrape sees them.
         reload: called at SIGHUP.
     """
 
@@ -234,10 +179,11 @@ class Process:
         service: Service,
         sockets: Sequence[socket.socket],
         shutdown_timeout: float,
+        linger: float,
         reload: Callable[[], None],
     ) -> None:
         self._service, self._sockets = service, list(sockets)
-        self._timeout, self._reload = shutdown_timeout, reload
+        self._timeout, self._linger, self._reload = shutdown_timeout, linger, reload
         self._server = _server(service)
         self._stop = anyio.Event()
         self._hurry = anyio.Event()
@@ -257,6 +203,10 @@ class Process:
             self._log.info("listening", addresses=", ".join(map(str, self._service.options.listen)), pid=os.getpid())
             await self._stop.wait()
             status = await self._drain()
+            if status and self._linger:
+                self._log.info("lingering", seconds=self._linger)
+                with anyio.move_on_after(self._linger):
+                    await self._hurry.wait()
             self._server.should_exit = True
             with anyio.move_on_after(_LAST_ANSWERS):
                 await self._served.wait()

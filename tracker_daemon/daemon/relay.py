@@ -4,26 +4,29 @@ Rules:
 1. A batch is answered when its transaction is committed, or refused with the reason; nothing is kept here in between
    but in memory, and whoever sent it keeps it until the answer.
 2. One transaction at a time. What comes meanwhile waits for the next one, which takes it all, up to a bound.
-3. A fault of the database is every sender's answer: each tries again by its own plan.
+3. A fault of the database is every sender's answer, one that may be of a batch's own row that sender's alone: each
+   tries again by its own plan.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
 
-from tracker_daemon.backlog import Books
 from tracker_daemon.collector import Reading
+from tracker_daemon.daemon.admission import Admission
+from tracker_daemon.daemon.relay_books import Hand, RelayBooks
 from tracker_daemon.errors import SchemaError, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
-from tracker_daemon.logs import get_logger
+from tracker_daemon.front_door import Refusals
+from tracker_daemon.logs import Rated, get_logger
 from tracker_daemon.sink import Applied, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from uuid import UUID
 
     from tracker_daemon.batch import Batch
@@ -34,13 +37,19 @@ if TYPE_CHECKING:
 @dataclass(slots=True, eq=False)
 class _Waiting:
     batch: Batch
+    client: str
+    hand: Hand
     since: float
     answer: Applied | TrackerError | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
 
 
 class Full(Exception):  # noqa: N818 - says what is the case
-    """Too much waits already; nothing was taken."""
+    """Too much waits already; nothing was taken. *status*: 429 if it is this client's, else 503."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class Relay:
@@ -56,16 +65,15 @@ class Relay:
 
     def __init__(self, sink: ManySink, clock: Clock, *, window: float, max_batch_size: int, max_waiting: int) -> None:
         self._sink, self._clock = sink, clock
-        self._window, self._max_batch_size, self._max_waiting = window, max_batch_size, max_waiting
+        self._window, self._max_batch_size = window, max_batch_size
         self._queue: deque[_Waiting] = deque()
-        self._sizes = 0
+        self._admission = Admission(max_waiting)
         self._arrived = anyio.Event()
         self._turn = anyio.Lock()
-        self._applied: Counter[str] = Counter()
-        self._dead: Counter[str] = Counter()
-        self._in_doubt: dict[tuple[UUID, int], tuple[int, int]] = {}
-        """Of each client, the batch whose transaction may have been committed although it failed here."""
-        self._skipped = 0
+        self._books = RelayBooks(clock)
+        self._refusals, self._rated = Refusals(clock), Rated(clock)
+        self.on_error: Callable[[TrackerError], None] = lambda _: None
+        """Called with what the database, or a batch's ledger, says against a batch."""
         self.numbers = FlushNumbers()
         self.closed = self.folded = self.ended = False
         self.clients: dict[UUID, float] = {}
@@ -73,20 +81,19 @@ class Relay:
 
     # -- for the requests --------------------------------------------------------------------------
 
-    async def apply(self, batch: Batch) -> Applied:
-        """Return when *batch* is in the database.
+    async def apply(self, batch: Batch, client: str) -> Applied:
+        """Return when *batch*, which *client* has brought, is in the database.
 
         Raises:
             Full: nothing was taken.
             SinkFault, SchemaError, Fenced, LedgerMissing, LedgerRegressed: as `Sink.apply`.
         """
         self._heard(batch.producer)
-        size = len(batch.deltas)
-        if self._queue and self._sizes + size > self._max_waiting:
-            raise Full
-        waiting = _Waiting(batch, self._clock.monotonic())
+        if status := self._admission.admit(client, len(batch.deltas)):
+            self._refusals.add("batch", sum(delta.calls for delta in batch.deltas))
+            raise Full(status)
+        waiting = _Waiting(batch, client, self._books.take(batch), self._clock.monotonic())
         self._queue.append(waiting)
-        self._sizes += size
         self._arrived.set()
         await waiting.done.wait()
         if isinstance(waiting.answer, Applied):
@@ -98,6 +105,12 @@ class Relay:
         self._heard(producer)
         async with self._turn:
             return await self._sink.open(producer, lane, known=known, after=after)
+
+    async def recall(self, batch: Batch) -> Applied:
+        """See `Recalls.recall`."""
+        self._heard(batch.producer)
+        async with self._turn:
+            return await self._sink.recall(batch)
 
     async def probe(self) -> None:
         """Ask the database whether it would take anything.
@@ -111,6 +124,7 @@ class Relay:
     async def mark_closed(self, producer: UUID, lane: int, last: Opened) -> None:
         """The client has ended, cleanly."""
         self.clients.pop(producer, None)
+        self._books.forget(producer, lane)
         async with self._turn:
             await self._sink.mark_closed(producer, lane, last)
 
@@ -170,59 +184,63 @@ class Relay:
     async def _flush(self, taken: list[_Waiting]) -> None:
         started = self._clock.monotonic()
         # What the senders hear when this is cancelled: they come again, and their ledgers know.
-        answers: Sequence[Applied | TrackerError] = [SinkFault("connection", _ENDING)] * len(taken)
+        answers: Sequence[Applied | TrackerError] | None = None
+        fault: SinkFault | SchemaError = SinkFault("connection", _ENDING)
         try:
             async with self._turn:
                 answers = await self._sink.apply_many([waiting.batch for waiting in taken])
-            self._count(taken, answers, started)
         except Exception as error:
             # One request must not end all of them, whatever is wrong with it.
-            if not isinstance(error, SinkFault | SchemaError):
+            if isinstance(error, SinkFault | SchemaError):
+                fault = error
+            else:
                 get_logger().error("relay_failed", error=repr(error), exc_info=error)
-                error = SinkFault("other", "the daemon failed; its log says why")
-            self._failed(error, taken)
-            answers = [error] * len(taken)
+                fault = SinkFault("other", "the daemon failed; its log says why")
+            self._failed(fault, len(taken))
         finally:
+            if answers is None:
+                self._books.give_back([waiting.hand for waiting in taken])
+                answers = [fault] * len(taken)
+            else:
+                self._count(taken, answers, started)
+                found = list(zip(taken, answers, strict=True))
+                again = {waiting for waiting, answer in found if isinstance(answer, SinkFault)}
+                self._books.give_back([waiting.hand for waiting in again])
+                self._books.settle([(each.hand, each.batch, answer) for each, answer in found if each not in again])
             for waiting, answer in zip(taken, answers, strict=True):
                 self._queue.remove(waiting)
-                self._sizes -= len(waiting.batch.deltas)
+                self._admission.release(waiting.client, len(waiting.batch.deltas))
                 waiting.answer = answer
                 waiting.done.set()
 
-    def _failed(self, error: SinkFault | SchemaError, taken: list[_Waiting]) -> None:
-        numbers = self.numbers
-        if len(self._in_doubt) > _MOST_CLIENTS:
-            self._in_doubt.clear()
-        self._in_doubt.update({_key(waiting.batch): _identity(waiting.batch) for waiting in taken})
-        numbers.errors["schema" if isinstance(error, SchemaError) else error.kind] += 1
-        numbers.flushes["retry"] += 1
-        numbers.last_error = error
+    def _failed(self, fault: SinkFault | SchemaError, batches: int) -> None:
+        kind = "schema" if isinstance(fault, SchemaError) else fault.kind
+        self.numbers.errors[kind] += 1
+        self.numbers.flushes["retry"] += 1
+        self._tell("batches_failed", fault, kind, kind=kind, batches=batches)
+
+    def _tell(self, event: str, error: TrackerError, sort: str, **fields: object) -> None:
+        self.numbers.last_error = error
+        self.on_error(error)
+        if (rated := self._rated.due(f"{event}:{sort}")) is not None:
+            get_logger().warning(event, error=str(error), **fields, **rated)
 
     def _count(self, taken: list[_Waiting], answers: Sequence[Applied | TrackerError], started: float) -> None:
         numbers, now = self.numbers, self._clock.monotonic()
         rows = 0
         for waiting, answer in zip(taken, answers, strict=True):
+            if isinstance(answer, SinkFault):
+                self._failed(answer, 1)
+                continue
             if not isinstance(answer, Applied):
                 numbers.regressions += isinstance(answer, LedgerRegressed)
                 numbers.flushes["error"] += 1
-                numbers.last_error = answer
+                self._tell("batch_refused", answer, type(answer).__name__, producer=str(waiting.batch.producer))
                 continue
-            in_doubt = self._in_doubt.pop(_key(waiting.batch), None)
-            if answer.duplicate:
-                numbers.flushes["duplicate"] += 1
-                if in_doubt != _identity(waiting.batch):
-                    continue  # counted when it was applied, here or by another daemon
-            rows += len(waiting.batch.deltas)
-            numbers.commit_lag_seconds.observe(now - waiting.since)
-            dead = {letter.delta.thread_id: letter.reason for letter in answer.dead_letters}
-            self._skipped += answer.skipped
-            for delta in waiting.batch.deltas:
-                if reason := dead.get(delta.thread_id):
-                    self._dead[reason] += delta.calls
-                else:
-                    self._applied["ensure_conversation"] += delta.ensures
-                    self._applied["record_turn"] += delta.turns
-                    self._applied["resolve"] += delta.resolves
+            numbers.flushes["duplicate"] += answer.duplicate
+            if waiting.hand.again or not answer.duplicate:
+                rows += len(waiting.batch.deltas)
+                numbers.commit_lag_seconds.observe(now - waiting.since)
         if rows:
             numbers.flushes["ok"] += 1
             numbers.flush_seconds.observe(now - started)
@@ -233,35 +251,12 @@ class Relay:
     # -- for the metrics ---------------------------------------------------------------------------
 
     def collected(self) -> Reading:
-        """Return the numbers of this instant: a client's calls count once they are in the database."""
-        # Each copied in one step: a scrape reads them in a thread of its own, while they grow.
-        applied, dead = dict(self._applied), dict(self._dead)
-        accepted = Counter(applied)
-        # Which kind of call a dead letter's were is not kept; they are turns, for all that anybody asks.
-        accepted["record_turn"] += sum(dead.values())
-        return Reading(
-            books=Books(
-                accepted=dict(accepted),
-                applied=applied,
-                dead_lettered=dead,
-                lost={},
-                queue_calls=0,
-                threads=0,
-                oldest_at=0,
-                rows_skipped=self._skipped,
-            ),
-            rejected={},
-            numbers=self.numbers,
-            queue_limit=0,
-        )
+        """Return the numbers of this instant. The bound counts with the tracker's: it is the same number."""
+        return Reading(self._books.read(), dict(self._refusals.counts), self.numbers, queue_limit=0)
 
 
 def _key(batch: Batch) -> tuple[UUID, int]:
     return batch.producer, batch.lane
-
-
-def _identity(batch: Batch) -> tuple[int, int]:
-    return batch.epoch, batch.sequence
 
 
 _ENDING = "the daemon is shutting down"

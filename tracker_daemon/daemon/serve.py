@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -24,6 +26,7 @@ from tracker_daemon.daemon.relay import Relay
 from tracker_daemon.daemon.service import Service
 from tracker_daemon.embedded import EmbeddedPostgres
 from tracker_daemon.errors import ConfigError
+from tracker_daemon.logs import get_logger
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.many import ManySink
 from tracker_daemon.postgres.schema import migrate
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 # What the status page does not show: what holds secrets, or would be no use there.
 _HIDDEN: Final = frozenset({"database"})
 _OTHER_FILES: Final = 256
+LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +67,23 @@ class Plan:
     max_pending: int
     create_missing: bool
     shutdown_timeout: float
+    linger: float
     max_body: int
     max_line: int
     max_connections: int
     read_timeout: float
     log_level: str
+    log_level_file: Path | None
     log_format: str
 
     def __post_init__(self) -> None:
         self.options()
         self.settings()
+        self.level()
         if not 0 <= self.relay_interval <= 60:
             raise ConfigError("relay_interval", "must be between 0 and 60 seconds", self.relay_interval)
+        if not 0 <= self.linger <= 600:
+            raise ConfigError("linger", "must be between 0 and 600 seconds", self.linger)
         if self.token_file is not None:
             Token(self.token_file)
 
@@ -107,6 +116,24 @@ class Plan:
             journal_quota=self.journal_quota,
         )
 
+    def level(self) -> str:
+        """Return the log level; what the file says now, if there is one.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds no level.
+        """
+        if self.log_level_file is None:
+            return self.log_level
+        path = str(self.log_level_file)
+        try:
+            text = self.log_level_file.read_text(encoding="utf-8", errors="replace").strip().lower()
+        except OSError as error:
+            raise ConfigError("log_level_file", f"cannot be read: {error.strerror}", path) from None
+        if text not in LEVELS:
+            held = text[:80] if text else "nothing"
+            raise ConfigError("log_level_file", f"must hold one of {', '.join(LEVELS)}, and holds {held}", path)
+        return text
+
     @property
     def quoted_table(self) -> str:
         """The table as SQL has it."""
@@ -120,6 +147,29 @@ class Plan:
         return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
 
 
+def check(plan: Plan) -> None:
+    """Look at what *plan* would use on this machine, as far as that changes nothing.
+
+    Raises:
+        ConfigError: a start would fail by it.
+    """
+    for address in plan.listen:
+        if address.path is not None:
+            if address.path.exists() and not address.path.is_socket():
+                raise ConfigError("listen", "is there already, and is no socket", str(address))
+            _check_directory("listen", address.path.parent)
+    if plan.journal is not None:
+        _check_directory("journal", plan.journal)
+
+
+def _check_directory(setting: str, directory: Path) -> None:
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(setting, f"cannot be had: {there} is no directory", str(directory))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(setting, f"cannot be had: {there} may not be written", str(directory))
+
+
 def run(plan: Plan) -> int:
     """Serve until told to end; return the exit status.
 
@@ -127,6 +177,7 @@ def run(plan: Plan) -> int:
         ConfigError, JournalError, EmbeddedPostgresError: it cannot start.
     """
     _log_to_stderr(plan)
+    _until_it_serves()
     with ExitStack() as stack:
         database = plan.database
         if (directory := database.removeprefix("embedded:")) != database:
@@ -141,6 +192,18 @@ def run(plan: Plan) -> int:
                 stack.enter_context(removed_at_end(address.path))
         _allow_files(plan.max_connections)
         return anyio.run(_serve, plan, options, database, sockets)
+
+
+def _until_it_serves() -> None:
+    """Before it serves, a signal to end does so, cleanly; one to read settings again finds them read just now."""
+
+    def end(number: int, _: object) -> None:
+        get_logger().info("stopping", signal=signal.Signals(number).name)
+        raise SystemExit(0)  # nothing was accepted yet
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _allow_files(connections: int) -> None:
@@ -182,7 +245,7 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
         on_error=lambda error: parts[0].note(error) if parts else None,
     )
     relay = Relay(
-        ManySink(Connector(database), plan.table, create_missing=plan.create_missing),
+        ManySink(Connector(database), plan.table),
         SystemClock(),
         window=plan.relay_interval,
         max_batch_size=plan.max_batch_size,
@@ -194,8 +257,9 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
     def reload() -> None:
         if token is not None:
             token.reload()
+        _set_level(plan.level())
 
-    return await Process(service, sockets, plan.shutdown_timeout, reload).run()
+    return await Process(service, sockets, plan.shutdown_timeout, plan.linger, reload).run()
 
 
 # -- the log ---------------------------------------------------------------------------------------
@@ -222,4 +286,16 @@ def _log_to_stderr(plan: Plan) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel("WARNING")
-    logging.getLogger("tracker_daemon").setLevel(plan.log_level.upper())
+    # What is wrong with a request is its sender's to know: any client would write the log at its own rate.
+    logging.getLogger("uvicorn").setLevel("ERROR")
+    logging.getLogger("tracker_daemon").setLevel(plan.level().upper())
+
+
+def _set_level(level: str) -> None:
+    """Set the log's level, and say so under the one of the two that lets more through."""
+    logger = logging.getLogger("tracker_daemon")
+    old, new = logger.level, logging.getLevelNamesMapping()[level.upper()]
+    logger.setLevel(min(old, new))
+    if old != new:
+        get_logger().warning("log_level_changed", to=level)
+    logger.setLevel(new)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 
+from tracker_daemon.applier import kind_of
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.collector import TrackerCollector, collector_of
-from tracker_daemon.daemon.admission import Admission
+from tracker_daemon.daemon.admission import Admission, Shares
 from tracker_daemon.daemon.history import Error, History, Journal, Ledger, Status, Totals
+from tracker_daemon.daemon.refused import RefusedRequests
 from tracker_daemon.errors import TrackerError
-from tracker_daemon.flusher import kind_of
 from tracker_daemon.logs import get_logger
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
     from prometheus_client.registry import CollectorRegistry
 
+    from tracker_daemon.books import DrainReport
     from tracker_daemon.daemon.bearer import Token
     from tracker_daemon.daemon.options import Options
     from tracker_daemon.daemon.relay import Relay
     from tracker_daemon.tracker import Tracker
-    from tracker_daemon.worker import DrainReport
 
 State = Literal["ready", "not_ready", "draining"]
 _SAMPLE: Final = 1.0
@@ -61,13 +62,15 @@ class Service:
     ) -> None:
         self.options, self.tracker, self.relay = options, tracker, relay
         self.token, self.registry, self.max_calls = token, registry, max_calls
-        self.admission = Admission(options.memory)
+        self.admission, self.shares = Admission(options.memory), Shares(tracker)
+        self.refused = RefusedRequests(registry)
         self._config = dict(config)
         self._clock = SystemClock()
         self._history = History(interval=_SAMPLE)
         self._started_at = self._clock.wall()
         self._collector: TrackerCollector = collector_of(registry)
         self._collector.add(relay)
+        relay.on_error = self.note
         self._errors: deque[Error] = deque(maxlen=_ERRORS)
         self._draining = False
         self.became_ready = anyio.Event()
@@ -96,9 +99,9 @@ class Service:
         text = self._shown(error)
         self._errors.appendleft({"at": round(time.time(), 3), "class": kind_of(error), "text": text})
 
-    def count_refused(self, calls: int) -> None:
+    def count_malformed(self, calls: int) -> None:
         """Count calls that were malformed."""
-        self.tracker.count_invalid(calls)
+        self.tracker.count_rejected("invalid", calls)
 
     # -- what runs beside the requests -------------------------------------------------------------
 

@@ -221,7 +221,11 @@ def _life(producer: UUID, paths: list[Path], ledger: Mapping[UUID, int | None] |
 
 
 def _report(life: Life, directory: Path, bad: list[FileReport], position: int | None, ledger: int | None) -> LifeReport:
-    windows = [_window(window, last, position) for window, last in with_last(life)]
+    # Without a row what is noted as applied may have been collected; with one the ledger decides.
+    noted = ledger is None
+    windows = [
+        _window(window, last, position, done=noted and bool(window.applied_at)) for window, last in with_last(life)
+    ]
     other = [file_report(path, counts=False) for path in life.leftover]
     begun_at = life.begun_at if life.windows else 0
     return LifeReport(
@@ -236,12 +240,12 @@ def with_last(life: Life) -> Iterator[tuple[Window, int | None]]:
         yield window, window.last if window.last is not None else following and following - 1
 
 
-def _window(window: Window, last: int | None, position: int | None) -> WindowReport:
+def _window(window: Window, last: int | None, position: int | None, *, done: bool) -> WindowReport:
     files = [file_report(path) for path in window.paths]
     sealed = all(SEALED.fullmatch(path.name) for path in window.paths)
     report = WindowReport(window.first, last, sealed, files, sum(file.calls for file in files))
     if position is not None:
-        report.pending = _pending(window, last, position, report.calls)
+        report.pending = 0 if done else _pending(window, last, position, report.calls)
     return report
 
 

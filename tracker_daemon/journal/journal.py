@@ -10,51 +10,41 @@ Rules:
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter, deque
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
-from threading import Lock, RLock
+from threading import Lock
 from typing import TYPE_CHECKING, Final
 from uuid import UUID, uuid4
 
 from tracker_daemon.errors import JournalError
 from tracker_daemon.flush_numbers import SECONDS, Histogram
-from tracker_daemon.journal.lives import Life, life_of
-from tracker_daemon.journal.lock import DirectoryLock, try_lock
 from tracker_daemon.journal.records import HEADER_SIZE, End, Header, Opened, encode_mark, encode_sum
+from tracker_daemon.journal.retention import Retention
 from tracker_daemon.journal.segment import Segment
 from tracker_daemon.journal.segment_queue import SegmentQueue
-from tracker_daemon.journal.windows import Damage, Window, open_name, producer_of, sealed_name
-from tracker_daemon.logs import get_logger
+from tracker_daemon.journal.windows import Window, open_name, producer_of, sealed_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
+    from pathlib import Path
 
     from tracker_daemon.generation import Generation
 
 _LEAST: Final = 1 << 20
 _MOST: Final = 16 << 20
+_SHARE_OF_A_FILE: Final = 8
 _COMPACT_FROM: Final = 32 << 20
 _RETRY_AFTER: Final = 1.0
-# What is applied and kept takes at most this share of the quota.
-_RETAINED_SHARE: Final = 4
-_FORKS: Final = "forks"
-OPERATIONS: Final = ("open", "allocate", "quota", "rename", "fsync", "write", "read", "delete", "damage")
 
 
-class Journal:
-    """A directory, locked.
+class Journal(Retention):
+    """The files of one life in a directory, beside those that are kept and left there.
 
     Args:
-        directory: made if it is missing.
+        directory, retain, quota, forked: see `Retention`.
         sync_interval: seconds between two fsyncs; 0: each window before its flush.
-        retain: how long an applied window is kept, seconds, in case the database forgets it.
-        quota: bytes the directory may take.
         max_batch_size, create_missing: how windows are cut into batches.
-        forked: this is a fork's child, whose parent has the directory: it takes a place of its own below, at first use.
 
     Raises:
         JournalError: another process has the directory, or it cannot be written.
@@ -73,136 +63,31 @@ class Journal:
         create_missing: bool,
         forked: bool = False,
     ) -> None:
-        self.base, self.sync_interval, self.retain, self.quota = directory, sync_interval, retain, quota
+        self.sync_interval = sync_interval
         self.max_batch_size, self.create_missing = max_batch_size, create_missing
-        self.producer = uuid4()
-        self.queue = SegmentQueue(self._make)
-        self.errors: Counter[str] = Counter()
+        self.queue = SegmentQueue(self._make, self._note_first)
         self.fsync_seconds = Histogram(SECONDS)
         self.degraded = False
         """Whether calls go to memory alone."""
-        self.recovering = False
-        """Whether earlier lives left something that is still to be looked at."""
-        self.torn = 0
-        """Bytes of torn records that recovery passed over."""
-        self.recovered = 0
-        """Calls that were accepted by an earlier process and applied, or found applied, by this one."""
-        self.replayed = 0
-        """Calls applied again because the database had forgotten them."""
         self.next_first = 1
         """The sequence of the next window's first batch."""
         self.compact_from = _COMPACT_FROM
         self._epoch = self._database = 0
         self._numbers = count(1)
-        self._sizes: dict[Path, int] = {}
-        self._retained: deque[Window] = deque()
         self._unsynced: list[Segment] = []
         self._bad: list[Segment] = []
-        self._names_changed = False
         self._syncing = Lock()
         # The window after the last sealed one, and the sequence of its first batch.
         self._next_window = (1, 1)
         self._last_window_bytes = 0
-        self._failed_at = 0.0
-        self._told = False
-        self._lock: DirectoryLock | None = None
-        self._locks: list[DirectoryLock] = []
-        self._left: dict[UUID, list[Path]] = {}
-        self._not_synced: dict[Path, OSError] = {}
-        self._recovered_windows: set[tuple[UUID, int]] = set()
-        self._attaching = RLock()
-        self._adopted = self._ended = False
-        self.directory = directory
-        self._forked = forked
-        if not forked:
-            self._attach()
-
-    # -- the directory -----------------------------------------------------------------------------
-
-    def _attach(self) -> None:
-        """Take the directory, or in a fork's child a place below it, and see what was left there."""
-        try:
-            self.base.mkdir(parents=True, exist_ok=True)
-            if self._forked:
-                self._take_place()
-            else:
-                self._lock = DirectoryLock(self.base)
-            self._look(self.directory)
-            probe = self.directory / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            self._release()
-            raise JournalError(f"journal {self.base} cannot be used: {error}") from error
-
-    def _take_place(self) -> None:
-        for number in range(1 << 16):
-            place = self.base / _FORKS / str(number)
-            place.mkdir(parents=True, exist_ok=True)
-            if lock := try_lock(place):
-                self._lock, self.directory = lock, place
-                return
-        raise JournalError(f"journal {self.base / _FORKS}: no free place")
-
-    def adopt(self) -> None:
-        """See to what children left that have died: whoever works first takes it over. May block; again: no effect.
-
-        Not when the journal is made: a parent that only forks would hold on to it and never apply it.
-        """
-        if self._adopted or self._lock is None:
-            return
-        self._adopted = True
-        try:
-            for place in sorted((self.base / _FORKS).glob("*")):
-                if place != self.directory and any(place.glob("*.journal")) and (lock := try_lock(place)):
-                    self._locks.append(lock)
-                    self._look(place)
-        except OSError as error:
-            self.errors["read"] += 1
-            self._say("error", "journal_not_adopted", directory=str(self.base / _FORKS), error=str(error))
-
-    def look_again(self) -> None:
-        """See once more what earlier lives left: somebody who holds this journal has changed it."""
-        places = {path.parent for paths in self._left.values() for path in paths}
-        self._left.clear()
-        self._sizes.clear()
-        for place in sorted(places):
-            self._look(place)
-
-    def _look(self, directory: Path) -> None:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if (producer := producer_of(entry.name)) is not None:
-                    path = Path(entry.path)
-                    self._left.setdefault(producer, []).append(path)
-                    self.recovering = True
-                    self._sizes[path] = entry.stat().st_size
-
-    @property
-    def left(self) -> dict[UUID, list[Path]]:
-        """The files of earlier lives that are not known to be applied, by producer."""
-        return self._left
-
-    @property
-    def bytes(self) -> int:
-        """What the directory takes."""
-        return sum(list(self._sizes.values()))
-
-    @property
-    def files(self) -> int:
-        """How many files there are."""
-        return len(self._sizes)
-
-    def forget_fork(self) -> None:
-        """In a fork's child: the files and the lock are the parent's."""
-        for lock in (self._lock, *self._locks):
-            if lock is not None:
-                lock.release()
+        self._failed_at = self._anew_from = float("-inf")
+        self._may_try_now = self._told = self._ended = False
+        super().__init__(directory, producer=uuid4(), retain=retain, quota=quota, forked=forked)
 
     @property
     def stores_window(self) -> bool:
-        """Whether all of the open window is in files."""
-        return not self._ended and all(segment.path is not None for segment in self.queue.segments)
+        """Whether the open window is in files; it is so, or in memory, as a whole."""
+        return not self._ended and all(segment.path is not None for segment in self.queue.of_window)
 
     # -- making segments ---------------------------------------------------------------------------
 
@@ -214,7 +99,8 @@ class Journal:
         """Return a new segment; in memory where no file can be had. Called by callers too."""
         wanted = size + HEADER_SIZE
         if anew_as is None:
-            wanted = max(_LEAST, min(_MOST, 2 * self._last_window_bytes), wanted + 4_096)
+            usual = min(_MOST, self.quota // _SHARE_OF_A_FILE, 2 * self._last_window_bytes)
+            wanted = max(_LEAST, usual, wanted + 4_096)
         number = next(self._numbers) if anew_as is None else anew_as
         header = Header(
             self.producer,
@@ -229,15 +115,18 @@ class Journal:
             time.time_ns(),
         )
         if not self._ended and self.may_try:
+            self._may_try_now = False
             try:
                 return self._make_file(header, wanted)
             except (OSError, JournalError, ValueError) as error:
-                self.fail("allocate", error)
+                self.fail("allocate", error, anew=header.anew)
         return Segment(header, wanted, None)
 
     def _note_first(self, segment: Segment) -> None:
-        if segment.header.window == self._next_window[0]:
-            segment.note_first(self._next_window[1])
+        window, first = self._next_window
+        if segment.header.window >= window:
+            # Of a later one the window before it is still open. Killed now, that one has never had a sequence.
+            segment.note_first(first, final=segment.header.window == window)
 
     def _make_file(self, header: Header, size: int) -> Segment:
         if self._lock is None:
@@ -252,18 +141,24 @@ class Journal:
                 )
         path = self.directory / open_name(self.producer, header.number)
         segment = Segment(header, size, path)
-        self._note_first(segment)
         self._sizes[path] = size
         self._names_changed = True
-        if self.degraded:
+        if self.degraded and (not header.anew or self.queue.on_disk):
             self.degraded = self._told = False
             self._say("info", "journal_recovered", directory=str(self.directory))
         return segment
 
-    def fail(self, operation: str, error: BaseException) -> None:
-        """Count an error, tell it once, and go on in memory."""
+    def fail(self, operation: str, error: BaseException, *, anew: bool = False) -> None:
+        """Count an error, tell it once, and go on in memory. *anew*: it befell a window that was written anew."""
         self.errors["quota" if "quota" in str(error) else operation] += 1
-        self._failed_at = time.monotonic()
+        now = time.monotonic()
+        # Another file may well be had; but of a disk where the next one fails as well, once is enough.
+        self._may_try_now = operation == "fsync" and now - self._failed_at >= _RETRY_AFTER
+        self._failed_at = now
+        if anew:
+            self._anew_from = now + _RETRY_AFTER
+            if self.queue.on_disk and operation != "fsync":
+                return  # calls find room all the same
         self.degraded = True
         if not self._told:
             self._told = True
@@ -279,17 +174,22 @@ class Journal:
             if first and self.queue.segments:  # a header to come says it itself
                 self.queue.note(Opened(epoch, database))
 
-    def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
-        """Give the window in *segments* its identity; `None`: it is in memory alone."""
+    def go_on(self, batches: int) -> int:
+        """Let the window that is read now follow one of so many batches; return the sequence of that one's first."""
         first, self.next_first = self.next_first, self.next_first + batches
-        with self.queue.turn:  # a segment of the next window is either there by now, or made with what is noted here
-            self._next_window = (segments[-1].header.window + 1, self.next_first)
+        with self.queue.turn:  # a segment of the next window is either there by now, or told of what is noted here
+            self._next_window = (self.queue.reading, self.next_first)
             for segment in self.queue.segments:
                 self._note_first(segment)
+        return first
+
+    def seal(self, segments: list[Segment], batches: int, calls: int, threads: int) -> Window | None:
+        """Give the window in *segments* its identity; `None`: it is in memory alone."""
+        first = self.go_on(batches)
         self._last_window_bytes = sum(segment.end for segment in segments)
         kept = all(segment.path is not None for segment in segments)
         if not kept:
-            self._drop(segments)
+            self.drop(segments)
             return None
         for part, segment in enumerate(segments):
             segment.note_first(first)
@@ -297,18 +197,11 @@ class Journal:
                 segment.append(encode_mark(End(first, batches, calls)))
             self._settle_name(segment, sealed_name(self.producer, first, part))
         self._unsynced += segments
-        return Window(
-            self.producer,
-            self.lane,
-            first,
-            batches,
-            self.max_batch_size,
-            self.create_missing,
-            [segment.path for segment in segments if segment.path is not None],
-            time.time(),
-            calls,
-            threads,
-        )
+        return self._window(first, batches, [s.path for s in segments if s.path is not None], calls, threads)
+
+    def _window(self, first: int, batches: int, paths: list[Path], calls: int, threads: int) -> Window:
+        cut = self.max_batch_size, self.create_missing
+        return Window(self.producer, self.lane, first, batches, *cut, paths, calls, threads, counted=True)
 
     def _settle_name(self, segment: Segment, name: str) -> None:
         assert segment.path is not None
@@ -323,7 +216,12 @@ class Journal:
         self._sizes[segment.path] = segment.size
         self._names_changed = True
 
-    def _drop(self, segments: Iterable[Segment]) -> None:
+    def _delete_all(self, paths: list[Path]) -> None:
+        self.drop([segment for segment in list(self._unsynced) if segment.path in paths])
+        super()._delete_all(paths)
+
+    def drop(self, segments: Iterable[Segment]) -> None:
+        """Let go of segments, and delete their files: nothing of them counts, or another has taken their place."""
         for segment in segments:
             for kept in (self._unsynced, self._bad):
                 if segment in kept:
@@ -337,8 +235,7 @@ class Journal:
         if not self.trusts(window):
             self.forget(window)
             return
-        self._retained.append(window)
-        self.trim()
+        super().applied(window)
 
     def trusts(self, window: Window) -> bool:
         """Whether no fsync of its files has failed."""
@@ -347,108 +244,6 @@ class Journal:
     def forget(self, window: Window) -> None:
         """Delete the files of *window*."""
         self._delete_all(window.paths)
-
-    def retained(self, producer: UUID) -> list[Window]:
-        """Return what is kept of a producer's applied windows, in order."""
-        return sorted((window for window in self._retained if window.producer == producer), key=lambda w: w.first)
-
-    @property
-    def retained_producers(self) -> list[UUID]:
-        """Those of whom something is kept."""
-        return list(dict.fromkeys(window.producer for window in self._retained))
-
-    def trim(self, make_room: int = 0) -> None:
-        """Delete applied windows: those kept long enough, and the oldest where room is needed.
-
-        The newest stays: a window whose own identity a crash has lost follows the one before it.
-        """
-        now, kept = time.time(), self._retained
-        taken = sum(self._sizes.get(path, 0) for window in list(kept) for path in window.paths)
-        while len(kept) > 1 and (
-            now - kept[0].at > self.retain
-            or taken > self.quota // _RETAINED_SHARE
-            or (make_room and self.bytes + make_room > self.quota)
-        ):
-            try:
-                window = kept.popleft()
-            except IndexError:
-                return
-            taken -= sum(self._sizes.get(path, 0) for path in window.paths)
-            self._delete_all(window.paths)
-
-    def _delete_all(self, paths: list[Path]) -> None:
-        self._drop([segment for segment in list(self._unsynced) if segment.path in paths])
-        for path in paths:
-            self._delete(path)
-
-    def _delete(self, path: Path) -> None:
-        self._sizes.pop(path, None)
-        self._names_changed = True
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            self.errors["delete"] += 1
-            self._say("warning", "journal_delete_failed", path=str(path), error=str(error))
-
-    # -- what earlier lives left -------------------------------------------------------------------
-
-    def lives(self) -> Iterator[tuple[Life | None, BaseException | None]]:
-        """Yield every earlier life, the oldest first; or the error instead of one that cannot be read."""
-        found: list[Life] = []
-        for producer, paths in list(self._left.items()):
-            try:
-                found.append(life_of(producer, paths))
-            except (Damage, OSError) as error:
-                yield None, error
-        for life in sorted(found, key=lambda life: life.begun_at):
-            yield life, None
-
-    def recovered_window(self, window: Window) -> None:
-        """All of *window* is in the database. Told again when the recovery was cut short and has begun anew."""
-        if (name := (window.producer, window.first)) not in self._recovered_windows:
-            self._recovered_windows.add(name)
-            self.torn += window.torn
-            self.applied(window)
-
-    def recovered_life(self, life: Life) -> None:
-        """All of *life* is in the database."""
-        self.torn += life.torn
-        kept = {path for window in self.retained(life.producer) for path in window.paths}
-        for path in {*life.leftover, *self._left.pop(life.producer, ())} - kept:
-            self._delete(path)
-
-    def set_aside(self, error: BaseException) -> None:
-        """Something of an earlier life cannot be applied: it stays where it is."""
-        self.errors["damage" if isinstance(error, Damage) else "read"] += 1
-
-    def sync_left(self) -> None:
-        """Bring the files of earlier lives to the disk, before any of it is applied. May block.
-
-        A loss of power must not change then how a window is cut into batches; nor take what was accepted long ago.
-        """
-        left = [path for paths in list(self._left.values()) for path in paths]
-        for path in left:
-            try:
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fdatasync(file)
-                finally:
-                    os.close(file)
-            except OSError as error:
-                self._not_synced[path] = error
-                self.errors["fsync"] += 1
-        for directory in {path.parent for path in left}:
-            try:
-                self._sync_directory(directory)
-            except OSError as error:
-                self._not_synced |= dict.fromkeys((path for path in left if path.parent == directory), error)
-                self.errors["fsync"] += 1
-
-    def check_synced(self, paths: list[Path]) -> None:
-        """Raise the error of the first of *paths* that `sync_left` could not bring to the disk."""
-        for path in paths:
-            if error := self._not_synced.get(path):
-                raise OSError(error.errno, f"its fsync failed: {error.strerror}", str(path))
 
     # -- the disk ----------------------------------------------------------------------------------
 
@@ -492,13 +287,6 @@ class Journal:
                 self._names_changed = True
                 self.fail("fsync", error)
 
-    def _sync_directory(self, path: Path) -> None:
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
     def release_synced(self) -> None:
         """Let go of the maps of sealed files that are on the disk."""
         for segment in list(self._unsynced):
@@ -508,8 +296,13 @@ class Journal:
 
     @property
     def may_try(self) -> bool:
-        """Whether a file may be had, or nobody has tried for a while."""
-        return not self.degraded or time.monotonic() - self._failed_at >= _RETRY_AFTER
+        """Whether a file may be had, or nobody has tried since an fsync failed, or for a while."""
+        return not self.degraded or self._may_try_now or time.monotonic() - self._failed_at >= _RETRY_AFTER
+
+    @property
+    def may_write_anew(self) -> bool:
+        """Whether a file may be had for a window as a whole, or nobody has tried for a while."""
+        return self.may_try and time.monotonic() >= self._anew_from
 
     @property
     def untrusted(self) -> list[Segment]:
@@ -546,29 +339,34 @@ class Journal:
                 self._settle_name(segment, sealed_name(self.producer, first, number))
             self._sync_directory(self.directory)
         except OSError as error:
-            self.fail("fsync", error)
-            self._drop([segment])
+            self.fail("fsync", error, anew=True)
+            self.drop([segment])
             return None
         return segment
 
-    def drop(self, replaced: list[Segment]) -> None:
-        """Delete files whose place another has taken."""
-        self._drop(replaced)
+    def stored(self, anew: Segment, batches: int, calls: int, threads: int) -> Window:
+        """Return the window that was in memory alone, and is in *anew* now."""
+        assert anew.path is not None
+        window = self._window(anew.first, batches, [anew.path], calls, threads)
+        anew.close()
+        return window
 
-    def replace(self, window: Window, anew: Segment, batches: int) -> None:
-        """Let *anew* take the place of the files of a sealed window; it holds *batches* of them, the last ones."""
+    def replace(self, window: Window, anew: Segment, batches: int, calls: int) -> None:
+        """Let *anew* take the place of the files of a sealed window; it holds *batches* of it, the last ones."""
         assert anew.path is not None
         before, window.paths = window.paths, [anew.path]
-        window.first, window.batches = anew.first, batches
+        window.first, window.batches, window.calls = anew.first, batches, calls
         self._delete_all(before)
         anew.close()
 
     @property
     def wants_rewriting(self) -> bool:
         """Whether the open window has files that are not to be trusted, or many times what its sum would take."""
-        segments = self.queue.segments
+        segments = self.queue.of_window
+        if self.queue.is_cut:
+            return False
         if any(segment in self._bad for segment in segments):
-            return self.may_try
+            return self.may_write_anew
         if not self.stores_window:
             return False
         summed = sum(segment.end for segment in segments if segment.header.anew)
@@ -589,7 +387,7 @@ class Journal:
             # A mark that the ledger knows this life stays as long as its windows: they may have been begun before.
             marks = segment.is_empty and segment.end > HEADER_SIZE and (others or bool(calls))
             if segment.path is None or (segment.is_empty and not marks):
-                self._drop([segment])
+                self.drop([segment])
             else:
                 with suppress(OSError):
                     segment.trim()
@@ -598,14 +396,3 @@ class Journal:
             segment.close()
         self._unsynced.clear()
         self._release()
-
-    def _release(self) -> None:
-        for lock in (self._lock, *self._locks):
-            if lock is not None:
-                lock.release()
-        self._lock = None
-        self._locks.clear()
-
-    def _say(self, level: str, event: str, **fields: object) -> None:
-        with suppress(Exception):  # the host's logging must not reach a caller
-            getattr(get_logger(), level)(event, **fields)

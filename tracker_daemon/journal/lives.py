@@ -3,7 +3,7 @@
 Rules:
 1. What the headers and marks say decides; the names only where they say nothing.
 2. Of a window that was written anew only the newest whole file and what follows it count; the rest is left over.
-3. A window whose first sequence is nowhere noted follows the one before it.
+3. A window whose first sequence is nowhere noted, or only as that of the one before it, follows that one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tracker_daemon.journal.records import (
     encode_mark,
     payload_at,
 )
-from tracker_daemon.journal.windows import SEALED, Window, written
+from tracker_daemon.journal.windows import OPEN, SEALED, Damage, Window, written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -78,6 +78,7 @@ class Life:
         begun_at: nanoseconds since 1970.
         leftover: files without a content that counts: never on the disk, or replaced by one written anew.
         torn: bytes in those that a loss of power has left without a header.
+        closed: it noted that it had ended cleanly.
     """
 
     producer: UUID
@@ -88,6 +89,19 @@ class Life:
     begun_at: int
     leftover: list[Path] = field(default_factory=list)
     torn: int = 0
+    closed: bool = False
+
+    @property
+    def applied_at(self) -> int:
+        """When the last of its windows was noted as applied, seconds since 1970; 0: there is one that was not.
+
+        One without calls need not be. Reads those that are not.
+
+        Raises:
+            Damage, OSError: see `Window.read`.
+        """
+        noted = [window.applied_at for window in self.windows if window.applied_at or next(window.read(), None)]
+        return max(noted) if noted and all(noted) else 0
 
 
 @dataclass(slots=True)
@@ -112,24 +126,27 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
 
     A file of zeros was only being made, and is passed over.
 
-    A window whose first sequence is nowhere noted follows the one before it; to know how many batches that has it is
-    read.
+    A window whose first sequence is nowhere noted, or only as that of the one before, follows that one; to know how
+    many batches that has it is read.
 
     Raises:
-        Damage: a file has no readable header.
+        Damage: a file has no readable header, or another's name.
         OSError: a file cannot be read.
     """
     by_window: dict[int, list[_Found]] = {}
+    blank: list[Path] = []
     life = Life(producer, 0, 0, 0, [], 2**63)
     for path in sorted(paths):
         try:
             file = written(path, copy=copy)
         except Blank:
             life.leftover.append(path)
+            blank.append(path)
             life.torn += len(path.read_bytes().rstrip(b"\0"))
             continue
         try:
             header = file.header
+            life.closed |= file.closed
             life.lane, life.begun_at = header.lane, min(life.begun_at, header.created_at)
             if header.epoch >= life.epoch:
                 life.epoch, life.database = header.epoch, header.database
@@ -152,12 +169,48 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
             by_window.setdefault(header.window, []).append(found)
         finally:
             file.close()
+    everything = [found for files in by_window.values() for found in files]
+    _check_names(producer, everything)
+    _check_blank(blank, everything)
     for number in sorted(by_window):
         found_files = sorted(by_window[number], key=lambda found: found.order)
         counting = _counting(found_files)
         life.leftover += [found.path for found in found_files if found not in counting]
         life.windows.append(_window(life, counting))
     return life
+
+
+def _check_names(producer: UUID, files: list[_Found]) -> None:
+    """See that each file bears the name that it was given, and is there once.
+
+    Raises:
+        Damage: one does not: somebody has copied or renamed it, and it would count twice.
+    """
+    numbers: dict[int, Path] = {}
+    for found in files:
+        header, named = found.file.header, OPEN.fullmatch(found.path.name)
+        # A sequence in the header that was never on the disk may be an older one.
+        sequence = found.file.first if found.file.synced_at else 0
+        if header.producer != producer or (named and int(named[2]) != found.number):
+            raise Damage(found.path, 0, f"it is file {found.number} of {header.producer}, under another's name")
+        if found.part is not None and sequence and sequence != found.first:
+            raise Damage(found.path, 0, f"it begins with sequence {sequence}, under another's name")
+        if (other := numbers.setdefault(found.number, found.path)) != found.path:
+            raise Damage(found.path, 0, f"it is the same file as {other.name}")
+
+
+def _check_blank(paths: list[Path], files: list[_Found]) -> None:
+    """See that what has no header was never on the disk: files go there in order.
+
+    Raises:
+        Damage: a later one of the life is there.
+    """
+    synced = max((found.first for found in files if found.file.synced_at), default=0)
+    anew = {found.first for found in files if found.whole}
+    for path in paths:
+        sealed = SEALED.fullmatch(path.name)
+        if sealed and int(sealed[2]) < synced and int(sealed[2]) not in anew:
+            raise Damage(path, 0, "no header, where there was one: a later file was on the disk")
 
 
 def _counting(files: list[_Found]) -> list[_Found]:
@@ -191,11 +244,10 @@ def _marks(file: Written) -> Iterator[Opened]:
 def _window(life: Life, files: list[_Found]) -> Window:
     end = next((found.end for found in reversed(files) if found.end is not None and found.end.batches), None)
     first = next((found.first for found in files if found.first), 0) or (end.first if end else 0)
-    if not first:
-        first = 1
-        if life.windows:
-            before = life.windows[-1]
-            first = before.first + batches_of(before)
+    before = life.windows[-1] if life.windows else None
+    if before is not None and first <= before.first:  # not known, or as it is if the one before was never sealed
+        first = before.first + batches_of(before)
+    first = first or 1
     header = files[0].file.header
     return Window(
         life.producer,
@@ -205,8 +257,8 @@ def _window(life: Life, files: list[_Found]) -> Window:
         header.max_batch_size,
         header.create_missing,
         [found.path for found in files],
-        max(found.path.stat().st_mtime for found in files),
         calls=end.calls if end else 0,
+        applied_at=min(found.file.applied_at for found in files),
     )
 
 

@@ -49,9 +49,9 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Let go."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1  # a signal handler may come here in between
+        if file >= 0:
+            os.close(file)
 
 
 def try_lock(directory: Path) -> DirectoryLock | None:

@@ -356,12 +356,18 @@ HEADER_SIZE: Final = 128
 # Written in place once they are known: each in one aligned word, so that no crash leaves half of it.
 FIRST_AT: Final = 104
 SYNCED_AT: Final = 112
+APPLIED_AT: Final = 120
 WORD: Final = Struct("<Q")
 
 
 def word(value: int) -> int:
     """Return *value*, below 2**48, with a checksum in the other 16 bits; 0, which a new file has there, for 0."""
     return value and value << 16 | crc32(value.to_bytes(6, "little")) & 0xFFFF
+
+
+def applied_word(seconds: int, *, closed: bool) -> int:
+    """Return what says that a file's window was applied, *seconds* since 1970, and whether the life ended cleanly."""
+    return word(seconds << 1 | closed)
 
 
 def word_value(packed: int) -> int:

@@ -12,10 +12,12 @@ Rules:
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from mmap import ACCESS_READ, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
 from typing import TYPE_CHECKING, Any
 
 from tracker_daemon.journal.records import (
+    APPLIED_AT,
     FIRST_AT,
     FRAME,
     HEADER_SIZE,
@@ -25,6 +27,7 @@ from tracker_daemon.journal.records import (
     Blank,
     Damaged,
     Header,
+    applied_word,
     word,
     word_value,
 )
@@ -44,7 +47,7 @@ class Segment:
         size: bytes allocated.
         frozen_at: where the records end, once frozen.
         synced_at: up to where it is on the disk.
-        first: the sequence of the window's first batch; 0: not noted yet.
+        first: the sequence of the window's first batch; 0: not known yet.
         read_to: up to where the worker has read it.
     """
 
@@ -109,9 +112,16 @@ class Segment:
         self.frozen_at = end
         return True
 
-    def note_first(self, sequence: int) -> None:
-        """Note the sequence of the window's first batch."""
-        self.first = sequence
+    def renumber(self, window: int) -> None:
+        """Let it be of another window. Nothing is written to it yet."""
+        self.header = replace(self.header, window=window)
+        data = self.header.encode()
+        self.map[: len(data)] = data
+        self.note_first(0)
+
+    def note_first(self, sequence: int, *, final: bool = True) -> None:
+        """Note the sequence of the window's first batch; not *final*: what it is if the one before is never sealed."""
+        self.first = sequence if final else 0
         WORD.pack_into(self.map, FIRST_AT, word(sequence))
 
     def sync(self) -> int:
@@ -154,12 +164,29 @@ class Segment:
             self._file = -1
 
 
+def mark_applied(path: Path, seconds: float, *, closed: bool = False) -> None:
+    """Note in a file that its window is in the database. Not brought to the disk: without it the ledger is asked.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(file, WORD.pack(applied_word(int(seconds), closed=closed)), APPLIED_AT)
+    finally:
+        os.close(file)
+
+
 def _closed(_: object) -> int:
     raise ValueError("the segment is closed")
 
 
 class Written:
     """A file of the journal that is read: of an earlier life, or after it was let go of.
+
+    Attributes:
+        applied_at: when its window was noted as applied, seconds since 1970; 0: it was not.
+        closed: whether its life is noted to have ended cleanly.
 
     Args:
         path: where it is.
@@ -187,10 +214,18 @@ class Written:
             self.header = Header.decode(self.map[:HEADER_SIZE])
             self.first = word_value(WORD.unpack_from(self.map, FIRST_AT)[0])
             self.synced_at = word_value(WORD.unpack_from(self.map, SYNCED_AT)[0])
+            self.applied_at, self.closed = self._applied()
         except Damaged as damaged:
             synced = any(self.map[SYNCED_AT : SYNCED_AT + WORD.size])
             self.close()
             raise Damaged(str(damaged)) if synced and isinstance(damaged, Blank) else damaged from None
+
+    def _applied(self) -> tuple[int, bool]:
+        try:
+            value = word_value(WORD.unpack_from(self.map, APPLIED_AT)[0])
+        except Damaged:  # a hint: without it the ledger is asked
+            value = 0
+        return value >> 1, bool(value & 1)
 
     def close(self) -> None:
         """Let go of it."""

@@ -3,6 +3,8 @@
 Rules:
 1. A record is in the operating system's hands before the call returns.
 2. Which calls belong to which window is decided by the files alone: a window ends where its last file was frozen.
+   It is in files or in memory as a whole: where a file follows what is in memory, or no file can be had any more, the
+   next window begins, whoever needed room.
 3. Callers take turns when a file is full; the worker takes that lock for a few instructions and never for I/O.
 """
 
@@ -30,11 +32,12 @@ class SegmentQueue(deque[None]):
 
     Args:
         make: returns a new segment for a window with room for so many bytes. Must not raise.
+        placed: told of a segment, of whatever window it is now, before it is written to. Must not raise.
     """
 
-    def __init__(self, make: Callable[[int, int], Segment]) -> None:
+    def __init__(self, make: Callable[[int, int], Segment], placed: Callable[[Segment], object]) -> None:
         super().__init__()
-        self._make = make
+        self._make, self._placed = make, placed
         self._count = super().append
         self.turn = RLock()
         """Held while a segment is made and put behind the others."""
@@ -43,6 +46,9 @@ class SegmentQueue(deque[None]):
         self._segment: Segment | None = None
         self._write: Callable[[bytes], object] = _nowhere
         self._window = 1
+        self.reading = 1
+        """The number of the window that is read; that of the newest segment may be higher."""
+        self._passed: list[Segment] = []
         self._stop: Segment | None = None
         self._agents: dict[str | None, str | None] = {}
 
@@ -79,11 +85,28 @@ class SegmentQueue(deque[None]):
                 # A signal handler that called in between has brought a segment of its own: this one follows it.
                 self._install(segment)
 
-    def _install(self, segment: Segment) -> None:
-        self._chain.append(segment)
+    def _install(self, segment: Segment, *, cut: bool = False) -> None:
+        chain = self._chain
+        while True:
+            last = chain[-1] if chain else None
+            self._place(segment, last, cut=cut)
+            # For a signal handler this and the next step are one: nothing is called in between.
+            if (chain[-1] if chain else None) is last:
+                chain.append(segment)
+                break
         self._segment, self._write = segment, segment.write
         # All before the last: a signal handler that called in between has added one behind this one, or before it.
         self._freeze_old()
+
+    def _place(self, segment: Segment, last: Segment | None, *, cut: bool) -> None:
+        window = segment.header.window
+        if last is not None:
+            ends = cut or (last.path is None) != (segment.path is None)
+            window = max(window, last.header.window + ends)
+        if window != segment.header.window:
+            segment.renumber(window)
+        self._window = max(self._window, window)
+        self._placed(segment)
 
     def _freeze_old(self) -> None:
         for old in tuple(self._chain)[:-1]:
@@ -162,11 +185,17 @@ class SegmentQueue(deque[None]):
         """Return a segment for the next window. Does I/O: before anything is locked."""
         return self._make(self._window + 1, 0)
 
-    def cut(self, following: Segment) -> None:
-        """End the window: calls go to *following* from here on."""
+    @property
+    def is_cut(self) -> bool:
+        """Whether the window that is read has ended: calls go to a later one."""
+        last = next(reversed(self._chain), None)
+        return last is not None and last.header.window > self.reading
+
+    def cut(self, following: Segment | None) -> None:
+        """End the window, if that was not done: calls go to *following* from here on."""
         with self.turn:
-            self._window += 1
-            self._install(following)
+            if following is not None:
+                self._install(following, cut=not self.is_cut)
 
     def prepare_within(self) -> Segment:
         """Return a segment for this window. Does I/O: before anything is locked."""
@@ -176,10 +205,11 @@ class SegmentQueue(deque[None]):
         """Go on with *following* in the same window; `drain` stops before it, until `put_back`.
 
         Return `False`, and do nothing, if a caller has brought a segment since it was made: that one is to be read
-        after *following*, and what is written anew in place of what was read would not come before it.
+        after *following*, and what is written anew in place of what was read would not come before it. Nor if that has
+        ended the window.
         """
         with self.turn:
-            if self._segment is None or self._segment.header.number > following.header.number:
+            if self._segment is None or self.is_cut or self._segment.header.number > following.header.number:
                 return False
             self._stop = following
             self._install(following)
@@ -191,12 +221,26 @@ class SegmentQueue(deque[None]):
         self._stop = None
 
     def take_read(self) -> list[Segment]:
-        """Return the segments that were read to their end since the last time: those of the window that was cut."""
+        """Return the segments of the window that were read to their end."""
         chain = self._chain
-        while len(chain) > 1 and chain[0].frozen_at is not None and chain[0].read_to >= chain[0].frozen_at:
+        while len(chain) > 1 and chain[0].header.window == self.reading:
+            frozen_at = chain[0].frozen_at
+            if frozen_at is None or chain[0].read_to < frozen_at:
+                break
             self._read.append(chain.popleft())
         read, self._read = self._read, []
         return read
+
+    def take_window(self) -> list[Segment]:
+        """Return the segments of the window, which was cut and is read to its end, and go on to the next one."""
+        read = self.take_read()
+        if self._chain:
+            self.reading = self._chain[0].header.window
+        return read
+
+    def pass_over(self) -> None:
+        """Go on to the next window; the segments of this one are given back at the end."""
+        self._passed += self.take_window()
 
     def note(self, opened: Opened) -> None:
         """Write a mark among the calls."""
@@ -204,8 +248,13 @@ class SegmentQueue(deque[None]):
 
     @property
     def segments(self) -> list[Segment]:
-        """Every segment of the open window, and of one that is just being cut."""
-        return [*self._read, *self._chain]
+        """Every segment of the open window, and of those after it, where it has ended."""
+        return [*self._passed, *self._read, *self._chain]
+
+    @property
+    def of_window(self) -> list[Segment]:
+        """Every segment of the open window."""
+        return [*self._read, *(each for each in tuple(self._chain) if each.header.window == self.reading)]
 
     def end(self) -> list[Segment]:
         """Stop: freeze and return what is left. A call that comes later goes to memory alone."""
@@ -213,8 +262,9 @@ class SegmentQueue(deque[None]):
             self._segment, self._write = None, _nowhere
             for segment in self._chain:
                 segment.freeze()
-        left, self._read = [*self._read, *self._chain], []
+        left, self._read, self._passed = self.segments, [], []
         self._chain.clear()
+        self.reading = self._window
         self.clear()
         return left
 

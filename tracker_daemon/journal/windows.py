@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SUFFIX: Final = ".journal"
 _END_SIZE: Final = len(encode_mark(End(0, 0, 0)))
 SEALED: Final = re.compile(r"([0-9a-f]{32})-(\d{16})-(\d{4,})\.journal")
-_OPEN: Final = re.compile(r"([0-9a-f]{32})-open-(\d{8})\.journal")
+OPEN: Final = re.compile(r"([0-9a-f]{32})-open-(\d{8})\.journal")
 
 
 def sealed_name(producer: UUID, first: int, part: int) -> str:
@@ -59,7 +59,7 @@ def open_name(producer: UUID, number: int) -> str:
 
 def producer_of(name: str) -> UUID | None:
     """Return whose file *name* is; `None`: not a journal's file."""
-    match = SEALED.fullmatch(name) or _OPEN.fullmatch(name)
+    match = SEALED.fullmatch(name) or OPEN.fullmatch(name)
     return UUID(match[1]) if match else None
 
 
@@ -84,8 +84,10 @@ class Window:
         batches: how many batches it is cut into; `None` where only reading it tells.
         max_batch_size, create_missing: how it is cut.
         paths: its files in order.
-        at: when it was last written, seconds since 1970.
         calls, threads: what it holds, where that is known.
+        counted: `calls` is what must be read: this process has sealed it.
+        applied_at: when it was noted that all of it is applied, seconds since 1970; 0: it was not.
+        kept_since: the same by the clock of this process that is never set, once it is kept.
     """
 
     producer: UUID
@@ -95,9 +97,11 @@ class Window:
     max_batch_size: int
     create_missing: bool
     paths: list[Path]
-    at: float
     calls: int = 0
     threads: int = 0
+    counted: bool = False
+    applied_at: int = 0
+    kept_since: float = field(default=0.0, compare=False)
     torn: int = field(default=0, compare=False)
     """Bytes that were passed over when it was read."""
 
@@ -130,7 +134,20 @@ class Window:
         generation = Generation(create_missing=self.create_missing)
         for item in self.read():
             take(generation, item)
+        self.check(generation)
         return generation
+
+    def check(self, generation: Generation) -> None:
+        """See whether what was read is all that this process sealed there.
+
+        Of an earlier life's window a loss of power may have taken a part that nothing tells of.
+
+        Raises:
+            Damage: it is not.
+        """
+        if self.counted and generation.calls != self.calls:
+            fault = f"{generation.calls} calls where {self.calls} were sealed"
+            raise Damage(self.paths[-1], HEADER_SIZE, fault)
 
     def of(self, thread_id: str) -> list[ThreadDelta]:
         """Return what it holds of one thread, in order. Reads the files; nothing where they are gone."""

@@ -17,6 +17,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from tracker_daemon.errors import ConfigError
+from tracker_daemon.postgres.names import with_addresses
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -115,8 +116,11 @@ class Connector:
         # A service file may set any of them, which is not seen here.
         service = "service" in parameters or os.environ.get("PGSERVICE")
         defaults = {} if service else {k: v for k, v in DEFAULTS.items() if not os.environ.get(_VARIABLES.get(k, ""))}
+        parameters = {**defaults, **parameters, "client_encoding": "UTF8"}
+        if not service:
+            parameters = await with_addresses(parameters)
         connection: psycopg.AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
-            **{**defaults, **parameters, "client_encoding": "UTF8"}, autocommit=True, **driver
+            **parameters, autocommit=True, **driver
         )
         if self._configure is not None:
             try:

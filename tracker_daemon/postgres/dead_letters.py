@@ -8,7 +8,7 @@ Rules:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -130,12 +130,20 @@ async def stored(session: Session, thread_id: str | None, limit: int | None = No
     return [StoredLetter(str(row[0]), *row[1:]) for row in await cursor.fetchall()]
 
 
-async def retry(session: Session, thread_id: str | None) -> tuple[int, int]:
-    """Merge the letters of one thread, or of all, each in a transaction of its own; return (applied, refused again).
+async def count(session: Session, thread_id: str | None) -> int:
+    """Return how many letters there are of one thread, or of all."""
+    cursor = session.cursor()
+    await cursor.execute(session.statements["count_letters"], {"thread_id": thread_id})
+    row = await cursor.fetchone()
+    return row[0] if row else 0
+
+
+async def retry(session: Session, thread_id: str | None) -> tuple[int, list[StoredLetter]]:
+    """Merge the letters of one thread, or of all, each in a transaction of its own; return how many, and the others.
 
     A letter that is refused again stays, with the new reason.
     """
-    applied = refused = 0
+    applied, refused = 0, list[StoredLetter]()
     for letter in await stored(session, thread_id):
         key = {name: getattr(letter, name) for name in ("producer", "lane", "sequence", "thread_id")}
         try:
@@ -148,8 +156,9 @@ async def retry(session: Session, thread_id: str | None) -> tuple[int, int]:
         except psycopg.Error as error:
             if session.connection.broken:
                 raise
-            refused += 1
-            reason = {"sqlstate": error.sqlstate or "", "error": _storable(session, " ".join(str(error).split()))}
+            state, text = error.sqlstate or "", _storable(session, " ".join(str(error).split()))
+            refused.append(replace(letter, sqlstate=state, error=text))
+            reason = {"sqlstate": state, "error": text}
             await session.connection.execute(session.statements["mark_letter"], {**key, **reason})
         else:
             applied += taken is not None

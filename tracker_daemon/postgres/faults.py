@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 
+from tracker_daemon.errors import one_line
 from tracker_daemon.sink import SinkFault
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def may_be_of_a_row(error: Exception, connection: psycopg.AsyncConnection[Any], 
 
 def fault(error: BaseException, context: str) -> SinkFault:
     """Return *error* as the port's exception; *context* says what was being done."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(str(error)) or type(error).__name__
     state = getattr(error, "sqlstate", None)
     hint = _hint(error)
     return SinkFault(kind_of(error), f"{context}: {text}{f' [{state}]' if state else ''}{hint}")

@@ -4,7 +4,7 @@ Rules:
 1. Each producer's ledger row moves in the transaction of its data, as in `sink`: that a batch came before is told by
    its own row, whoever brings it and with whatever it is brought.
 2. Deltas of one thread are summed over the batches. Where that could matter (bad data, `create_missing=False`) each
-   batch goes alone.
+   batch goes alone; a fault that may be of a batch's own row is the answer to that batch, and to no other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tracker_daemon.batch import Batch
 from tracker_daemon.errors import Fenced, TrackerError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.sink import PostgresSink
-from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened
+from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,22 +43,34 @@ class ManySink(PostgresSink):
         """
         await self._register(batches)
         answers: dict[int, Applied | TrackerError] = {}
-        left = dict(enumerate(batches))
-        if len(left) > 1 and self._create_missing:
-            while left:
-                moved = await self._together(list(left.values()))
-                if moved is None:
-                    break  # bad data among them
-                stayed = {number: batch for number, batch in left.items() if (batch.producer, batch.lane) not in moved}
-                if not stayed:
-                    answers |= {number: Applied(rows=len(batch.deltas)) for number, batch in left.items()}
-                    left = {}
-                for number, batch in stayed.items():
-                    # Found done, or refused: its ledger says which, and nothing of it is written here.
-                    answers[number] = await self._alone(batch)
-                    del left[number]
-        for number, batch in left.items():
-            answers[number] = await self._alone(batch)
+        # What failed alone before would only drag the others along: it goes alone again, and last.
+        joined = {
+            number: batch
+            for number, batch in enumerate(batches)
+            if batch.create_missing and not self._is_suspect(batch)
+        }
+        while len(joined) > 1:
+            moved = await self._together(list(joined.values()))
+            if moved is None:
+                break  # bad data among them
+            stayed = {number: batch for number, batch in joined.items() if (batch.producer, batch.lane) not in moved}
+            if not stayed:
+                answers |= {number: Applied(rows=len(batch.deltas)) for number, batch in joined.items()}
+                break
+            for number, batch in stayed.items():
+                # Found done, or refused: its ledger says which, and nothing of it is written here.
+                answers[number] = await self._alone(batch)
+                del joined[number]
+        left = [(number, batch) for number, batch in enumerate(batches) if number not in answers]
+        faulty = list[SinkFault]()
+        for number, batch in sorted(left, key=lambda each: self._is_suspect(each[1])):
+            # Nothing goes through: it is the table, and need not be asked for each of them.
+            if len(faulty) >= _FAULTY and not any(isinstance(answer, Applied) for answer in answers.values()):
+                answers[number] = faulty[-1]
+                continue
+            answer = answers[number] = await self._alone(batch)
+            if isinstance(answer, SinkFault):
+                faulty.append(answer)
         return [answers[number] for number in range(len(batches))]
 
     async def mark_closed(self, producer: UUID, lane: int, last: Opened) -> None:
@@ -84,11 +96,24 @@ class ManySink(PostgresSink):
         """Let go of the connection."""
         await self._drop()
 
+    def _is_suspect(self, batch: Batch) -> bool:
+        """Say whether *batch* has failed by what may be about one of its rows."""
+        return self._in_doubt[batch.producer, batch.lane, batch.epoch, batch.sequence] > 0
+
     async def _alone(self, batch: Batch) -> Applied | TrackerError:
+        await self._connected()  # what is wrong here, or with the tables as they are found, is wrong for all of them
         try:
             return await self.apply(batch)
-        except (Fenced, LedgerMissing, LedgerRegressed) as error:
+        except LedgerMissing as error:
+            # Told once: what it brings next is registered anew.
+            self._registered.pop((batch.producer, batch.lane), None)
             return error
+        except (Fenced, LedgerRegressed) as error:
+            return error
+        except SinkFault as fault:
+            if fault.kind in faults.IN_DOUBT:
+                return fault  # it may be of a row of this batch: the others are not answered with it
+            raise
 
     async def _register(self, batches: Sequence[Batch]) -> None:
         now, seen = monotonic(), self._registered
@@ -155,6 +180,7 @@ class ManySink(PostgresSink):
         return moved
 
 
+_FAULTY = 3
 _KNOWN = 100_000
 _DAY = 86_400.0
 _PROBE = 5.0

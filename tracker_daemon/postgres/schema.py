@@ -102,12 +102,21 @@ async def faults_of(connection: AsyncConnection[Any], schema: str, table: str) -
     return found
 
 
-async def steps_to_apply(connection: AsyncConnection[Any], schema: str, table: str) -> list[str]:
-    """Return the migrations that are not recorded as applied."""
+async def steps_to_apply(connection: AsyncConnection[Any], schema: str, table: str) -> list[str] | None:
+    """Return the migrations that are not recorded as applied; `None` if this role may not read what is."""
     done: set[int] = set()
     if await _columns(connection, schema, "tracker_migrations") is not None:
+        if not await _may_read(connection, schema, "tracker_migrations"):
+            return None
         done = await _done(connection, schema, table)
     return [f"{number:04}_{name}" for number, name, _ in migrations() if number not in done]
+
+
+async def _may_read(connection: AsyncConnection[Any], schema: str, table: str) -> bool:
+    cursor = connection.cursor(row_factory=tuple_row)
+    name = sql.Identifier(schema, table).as_string(connection)
+    await cursor.execute("SELECT has_table_privilege(%s, 'SELECT')", [name])
+    return await cursor.fetchone() == (True,)
 
 
 async def _done(connection: AsyncConnection[Any], schema: str, table: str) -> set[int]:
@@ -136,11 +145,14 @@ def schema_message(found: list[str], schema: str, table: str) -> str:
     return f"{'; '.join(found)}. To mend it: {', then '.join(mends)}"
 
 
-async def migrate(connection: AsyncConnection[Any], schema: str | None, table: str) -> list[str]:
+async def migrate(
+    connection: AsyncConnection[Any], schema: str | None, table: str, *, create_schema: bool = True
+) -> list[str]:
     """Create or upgrade the tables in one transaction; return the names of the steps that were applied.
 
     Raises:
-        SchemaError: a table that exists cannot be used; nothing was changed.
+        SchemaError: a table that exists cannot be used, or the schema does not exist and is not to be created; nothing
+            was changed.
     """
     async with connection.transaction():
         cursor = connection.cursor(row_factory=tuple_row)
@@ -149,6 +161,10 @@ async def migrate(connection: AsyncConnection[Any], schema: str | None, table: s
         names = Statements(schema, table).names
         applied: list[str] = []
         if not await _schema_exists(connection, schema):
+            if not create_schema:
+                raise SchemaError(
+                    f"schema {schema} does not exist: correct the table's name, or have it made: --create-schema"
+                )
             applied.append(f"schema {schema}")
             # Asked first: IF NOT EXISTS wants the right to create even where nothing is created.
             await cursor.execute(sql.SQL("CREATE SCHEMA {schema}").format(**names))

@@ -56,7 +56,6 @@ class Session:
         connector: Connector,
         table: tuple[str | None, str],
         *,
-        create_missing: bool,
         timeout: float,  # noqa: ASYNC109
         within: float | None = None,
     ) -> Session:
@@ -72,7 +71,7 @@ class Session:
             session = cls(await connector.connect())
         try:
             with session.deadline(min(timeout, until - time())):
-                await session._look(*table, create_missing=create_missing, timeout=timeout)
+                await session._look(*table, timeout=timeout)
         except BaseException as error:
             await session.close()
             if session.overdue:
@@ -85,7 +84,6 @@ class Session:
         schema_name: str | None,
         table: str,
         *,
-        create_missing: bool,
         timeout: float,  # noqa: ASYNC109
     ) -> None:
         cursor = self.cursor()
@@ -111,7 +109,7 @@ class Session:
             self.database = identifier[0] if identifier else 0
         found = await schema.find_schema(self.connection, schema_name, table)
         await schema.check(self.connection, found, table)
-        self.statements = Statements(found, table, create_missing)
+        self.statements = Statements(found, table)
 
     def cursor(self) -> psycopg.AsyncCursor[tuple[Any, ...]]:
         """Return a cursor whose rows are tuples, whatever the connection was configured for."""

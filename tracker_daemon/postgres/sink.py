@@ -6,8 +6,8 @@ Rules:
    COPY. Both run the same merge.
 3. After an exception that leaves the outcome unknown the connection is dropped; the ledger tells when the batch
    comes again.
-4. Data that the database refuses is looked for by halving, each half under a savepoint, all in one transaction: what
-   stands alone is set aside as a dead letter, the rest commits with it.
+4. Data that the database refuses is looked for by halving (`apart`), each half under a savepoint, all in one
+   transaction: what stands alone is set aside as a dead letter, the rest commits with it.
 5. An error that may be about the table as well (`faults.IN_DOUBT`) is looked for in the same way, but only once the
    same batch has failed by such a one three times, and sets nothing aside unless another row of the batch goes through.
    Else the batch is held, and fails as before. So it is, until that is mended, with a batch whose only row fails so:
@@ -27,6 +27,7 @@ import anyio.lowlevel
 from tracker_daemon.batch import Batch
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
+from tracker_daemon.postgres.apart import Apart
 from tracker_daemon.postgres.dead_letters import bury, dead_letters_of
 from tracker_daemon.postgres.session import Session
 from tracker_daemon.sink import Applied, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
@@ -45,6 +46,7 @@ _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _TRIES_IN_DOUBT: Final = 3
 _PROBES: Final = 16
+_MOST_IN_DOUBT: Final = 10_000
 
 
 class PostgresSink:
@@ -53,7 +55,6 @@ class PostgresSink:
     Args:
         connector: makes connections.
         table: schema (or `None`: the search path's) and name.
-        create_missing: whether a delta without an `ensure` may create its row.
         statement_timeout: seconds for one flush. It doubles with each flush that fails by it, up to 10 minutes: a batch
             keeps its identity, so it cannot be made smaller for a server that has become slow.
         copy_from: deltas from which on a batch goes by COPY.
@@ -64,17 +65,16 @@ class PostgresSink:
         connector: Connector,
         table: tuple[str | None, str],
         *,
-        create_missing: bool = True,
         statement_timeout: float = 30.0,
         copy_from: int = COPY_FROM,
     ) -> None:
-        self._connector, self._table, self._create_missing = connector, table, create_missing
+        self._connector, self._table = connector, table
         self._first_timeout = self._timeout = statement_timeout
         self._copy_from = copy_from
         self._session: Session | None = None
         self._last: dict[tuple[UUID, int], Opened] = {}
         self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
-        """How often the batch in hand failed on a sound connection by what may be about the table or about a row."""
+        """How often each batch failed on a sound connection by what may be about the table or about a row."""
         self._random = Random()  # noqa: S311 - which rows are tried first
 
     # -- the port ----------------------------------------------------------------------------------
@@ -123,11 +123,23 @@ class PostgresSink:
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
             if fault.kind in faults.IN_DOUBT and not session.connection.broken:
                 self._in_doubt[_identity(batch)] += 1
+                while len(self._in_doubt) > _MOST_IN_DOUBT:
+                    del self._in_doubt[next(iter(self._in_doubt))]
             raise fault from error
         self._timeout = self._first_timeout
-        self._in_doubt.clear()
+        self._in_doubt.pop(_identity(batch), None)
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
+
+    async def recall(self, batch: Batch) -> Applied:
+        """See `Recalls.recall`."""
+        session = await self._connected()
+        try:
+            with session.deadline(self._timeout):
+                dead = await dead_letters_of(session, batch)
+        except Exception as error:
+            raise await self._failed(session, error, "asking for dead letters") from error
+        return Applied(rows=0, duplicate=True, dead_letters=dead)
 
     def abort(self) -> None:
         """See `Sink.abort`."""
@@ -178,7 +190,6 @@ class PostgresSink:
                 self._session = await Session.open(
                     self._connector,
                     self._table,
-                    create_missing=self._create_missing,
                     timeout=self._timeout,
                     within=within,
                 )
@@ -226,7 +237,7 @@ class PostgresSink:
         if session.pooled:
             await self._begin(session)
         # Else a transaction of its own: one round trip, and a peer that vanishes meanwhile leaves no lock behind.
-        await cursor.execute(session.statements["flush_arrays"], parameters)
+        await cursor.execute(session.statements.merging("flush_arrays", batch), parameters)
         row = await cursor.fetchone()
         if session.pooled:
             await session.connection.execute("COMMIT")
@@ -251,7 +262,7 @@ class PostgresSink:
         if await cursor.fetchone() is None:
             await connection.rollback()
             return await self._not_moved(session, batch)
-        await cursor.execute(session.statements["merge_stage"], rows.parameters())
+        await cursor.execute(session.statements.merging("merge_stage", batch), rows.parameters())
         row = await cursor.fetchone()
         await connection.execute("COMMIT")
         assert row is not None  # a SELECT of counts
@@ -305,20 +316,23 @@ class PostgresSink:
                 return await self._not_moved(session, batch)
         # In the order of the locks, so that the halves take them in order too.
         deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
-        doubts, sent, merged, dead = self._doubts(batch), 0, 0, list[DeadLetter]()
-        if doubts is None or await self._is_worth_halving(session, deltas, doubts):
-            sent, merged, dead = await self._merge_apart(session, deltas, doubts)
-        if doubts and not merged:
+        doubts = self._doubts(batch)
+        apart = Apart(session, batch, self._timeout, doubts, self._merge_under_savepoint)
+        if doubts is None or await self._is_worth_halving(session, batch, deltas, doubts):
+            await apart.run(deltas)
+        if doubts and not apart.merged:
             # Nothing goes through: the table may be at fault. What was set aside now would be everything.
             with session.deadline(self._timeout):
                 await connection.rollback()
             raise doubts[0]
         with session.deadline(self._timeout):
-            await bury(session, batch, dead)
+            await bury(session, batch, apart.dead)
             await connection.execute("COMMIT")
-        return self._applied(batch, sent, merged, tuple(dead))
+        return self._applied(batch, apart.sent, apart.merged, tuple(apart.dead))
 
-    async def _is_worth_halving(self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception]) -> bool:
+    async def _is_worth_halving(
+        self, session: Session, batch: Batch, deltas: list[ThreadDelta], doubts: list[Exception]
+    ) -> bool:
         """Say whether one of a few rows goes through alone: a table at fault is not asked about each of them.
 
         Picked at random, so that with more bad rows than good ones a later try finds a good one.
@@ -329,7 +343,7 @@ class PostgresSink:
             merged = 0
             try:
                 with session.deadline(self._timeout):
-                    _, merged = await self._merge_under_savepoint(session, [delta])
+                    _, merged = await self._merge_under_savepoint(session, batch, [delta])
             except Exception as error:
                 if not faults.may_be_of_a_row(error, session.connection, doubts):
                     raise
@@ -340,32 +354,12 @@ class PostgresSink:
                 return True
         return not doubts
 
-    async def _merge_apart(
-        self, session: Session, deltas: list[ThreadDelta], doubts: list[Exception] | None
-    ) -> tuple[int, int, list[DeadLetter]]:
-        """Merge what can be; return the rows sent and written, and what stands alone and cannot be."""
-        try:
-            with session.deadline(self._timeout):
-                sent, merged = await self._merge_under_savepoint(session, deltas)
-        except Exception as error:
-            if not faults.may_be_of_a_row(error, session.connection, doubts):
-                raise
-            with session.deadline(self._timeout):
-                await session.connection.execute("ROLLBACK TO SAVEPOINT part")
-            if len(deltas) == 1:
-                text = " ".join(str(error).split())
-                state = getattr(error, "sqlstate", None) or ""
-                return 0, 0, [DeadLetter(deltas[0], faults.dead_reason(error), state, text)]
-            middle = len(deltas) // 2
-            first = await self._merge_apart(session, deltas[:middle], doubts)
-            second = await self._merge_apart(session, deltas[middle:], doubts)
-            return first[0] + second[0], first[1] + second[1], first[2] + second[2]
-        return sent, merged, []
-
-    async def _merge_under_savepoint(self, session: Session, deltas: list[ThreadDelta]) -> tuple[int, int]:
+    async def _merge_under_savepoint(
+        self, session: Session, batch: Batch, deltas: list[ThreadDelta]
+    ) -> tuple[int, int]:
         connection, cursor = session.connection, session.cursor()
         await connection.execute("SAVEPOINT part")
-        await cursor.execute(session.statements["merge_arrays"], encoding.arrays(deltas))
+        await cursor.execute(session.statements.merging("merge_arrays", batch), encoding.arrays(deltas))
         row = await cursor.fetchone()
         await connection.execute("RELEASE SAVEPOINT part")
         assert row is not None

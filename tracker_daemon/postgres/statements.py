@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -17,9 +18,15 @@ from psycopg import sql
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tracker_daemon.batch import Batch
+
 _NOTHING = sql.SQL("")
 _ONE = sql.SQL("1")
 _HERE = "tracker_daemon.postgres"
+_PARAMETER = re.compile(r"%\((\w+)\)s")
+_SLICE = "[tracker_row:tracker_row]"
+_WHOLE = dict.fromkeys(("agent_lists", "resolutions"), "")
+_EXISTING = "_existing"
 
 
 @cache
@@ -43,12 +50,10 @@ class Statements:
 
     Attributes:
         schema, table: where the conversations are; the ledger and the dead letters are in the same schema.
-        create_missing: whether a delta without an `ensure` may create its row.
     """
 
     schema: str
     table: str
-    create_missing: bool = True
     names: dict[str, sql.Composable] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,32 +65,40 @@ class Statements:
             "schema": sql.Identifier(self.schema),
         }
         object.__setattr__(self, "names", names)
-        only = None if self.create_missing else self._fill("only_existing")
         moved = sql.SQL("EXISTS (SELECT FROM moved)")
-        object.__setattr__(
-            self,
-            "_composed",
-            {
-                "flush_arrays": self._merge(
-                    "rows_arrays",
-                    moved=sql.SQL("moved AS ({}), ").format(self._fill("advance")),
-                    moved_count=sql.SQL("(SELECT count(*) FROM moved)"),
-                    where=[moved, only],
-                ),
-                "merge_arrays": self._merge("rows_arrays", where=[only]),
-                "merge_stage": self._merge("rows_stage", where=[only]),
-            },
-        )
+        composed = {}
+        for kind, only in (("", None), (_EXISTING, self._fill("only_existing"))):
+            composed["flush_arrays" + kind] = self._merge(
+                "rows_arrays",
+                moved=sql.SQL("moved AS ({}), ").format(self._fill("advance")),
+                moved_count=sql.SQL("(SELECT count(*) FROM moved)"),
+                where=[moved, only],
+            )
+            composed["merge_arrays" + kind] = self._merge("rows_arrays", where=[only])
+            composed["merge_stage" + kind] = self._merge("rows_stage", where=[only])
+            composed["one_by_one" + kind] = self._one_by_one(only)
+        object.__setattr__(self, "_composed", composed)
 
     def __getitem__(self, name: str) -> sql.Composed:
-        """Return the statement *name*: one of the files, `flush_arrays`, `merge_arrays` or `merge_stage`."""
+        """Return the statement *name*: one of the files, or a form of merge.sql (see `__post_init__`)."""
         composed: dict[str, sql.Composed] = self._composed  # type: ignore[attr-defined]
         if name not in composed:
             composed[name] = self._fill(name)
         return composed[name]
 
+    def merging(self, name: str, batch: Batch) -> sql.Composed:
+        """Return a form of merge.sql for *batch*: as it wants it with missing rows."""
+        return self[name if batch.create_missing else name + _EXISTING]
+
     def _fill(self, name: str) -> sql.Composed:
         return sql.SQL(_text(name)).format(**self.names)
+
+    def _one_by_one(self, only: sql.Composable | None) -> sql.Composed:
+        merge = self._merge("rows_arrays", where=[only]).as_string()
+        # A DO has no parameters: of each column the element of the row at hand, of the distinct names all.
+        merge = _PARAMETER.sub(lambda found: f"tracker_{found[1]}{_WHOLE.get(found[1], _SLICE)}", merge)
+        body = sql.SQL(_text("one_by_one")).format(merge=sql.SQL(merge.replace("%%", "%"))).as_string()
+        return sql.SQL("DO {}").format(sql.Literal(body))
 
     def _merge(
         self,

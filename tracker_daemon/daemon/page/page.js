@@ -49,7 +49,7 @@ function list(node, rows) {
 
 function showLedger({ ledger }) {
   list(byId("ledger"), [
-    ["producer", String(ledger.producer)],
+    ["producer", String(ledger.producer || "none yet")],
     ["epoch", count(ledger.epoch)],
     ["sequence", count(ledger.sequence)],
     ["regressions", count(ledger.regressions), ledger.regressions ? "warn" : ""],

@@ -37,6 +37,7 @@ TRACKER_LISTEN: unix:/run/tracker-daemon/tracker.sock 0.0.0.0:{{ .Values.port }}
 TRACKER_JOURNAL: /var/lib/tracker/journal
 {{- end }}
 TRACKER_SHUTDOWN_TIMEOUT: {{ .Values.shutdownTimeout | quote }}
+TRACKER_LINGER: {{ .Values.linger | quote }}
 {{- range $name, $value := .Values.settings }}
 TRACKER_{{ $name }}: {{ $value | toString | quote }}
 {{- end }}
@@ -139,9 +140,9 @@ capabilities:
 {{- end }}
 
 {{- define "tracker-daemon.pod" -}}
-{{- $need := add (mul 2 .Values.shutdownTimeout) .Values.preStop -}}
+{{- $need := add (mul 2 .Values.shutdownTimeout) .Values.preStop .Values.linger -}}
 {{- if le (int .Values.terminationGracePeriod) (int $need) }}
-{{- fail (printf "terminationGracePeriod must be longer than preStop and twice shutdownTimeout: more than %d" (int $need)) }}
+{{- fail (printf "terminationGracePeriod must be longer than preStop, twice shutdownTimeout and linger: more than %d" (int $need)) }}
 {{- end -}}
 metadata:
   labels:

@@ -1,0 +1,117 @@
+"""docs/upgrade.md, step by step: from all migrations but the last to all of them, under daemons that take calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from prometheus_client import CollectorRegistry
+
+from tests.conftest import run_migrate
+from tests.daemon.harness import serving
+from tests.deploy.guides import Guide
+from tests.deploy.test_backup import Posts
+from tests.digits import Digits
+from tests.faults.harness import Errors, sums, tracking
+from tests.faults.servers import Stream
+from tests.helpers import PATIENCE, query
+from tracker_daemon.postgres import schema
+from tracker_daemon.postgres.statements import migrations
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tracker_daemon.embedded import EmbeddedPostgres
+
+pytestmark = pytest.mark.artefact("docs/upgrade.md", "tracker-daemon")
+
+*OLDER, LAST = migrations()
+
+
+@pytest.fixture
+def older_database(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The conninfo of a database with every migration but the last; with one migration only, that is none."""
+
+    async def nothing(*_: Any) -> None:
+        """Look for no fault: what this version wants further is what the older tables lack."""
+
+    if OLDER:
+        with monkeypatch.context() as patched:
+            patched.setattr(schema, "migrations", lambda: iter(OLDER))
+            patched.setattr(schema, "check", nothing)
+            run_migrate(empty_database)
+    return empty_database
+
+
+def columns(conninfo: str) -> dict[tuple[str, str], tuple[str, bool]]:
+    """Return type of every column of the tables, and whether a row may be made without a value for it."""
+    rows = query(
+        conninfo,
+        "SELECT table_name, column_name, data_type, is_nullable = 'YES' OR column_default IS NOT NULL"
+        " OR is_identity = 'YES' OR is_generated = 'ALWAYS'"
+        " FROM information_schema.columns WHERE table_schema = 'public'",
+    )
+    return {(table, column): (kind, free) for table, column, kind, free in rows}
+
+
+def test_rolling_upgrade(postgres: EmbeddedPostgres, older_database: str, tmp_path: Path) -> None:
+    """Calls and trackers' batches go on while the tables are upgraded, and while the daemons follow: each counts once."""
+    digits, more_digits, errors, conninfo = Digits(), Digits(), Errors(), older_database
+    (tmp_path / "database").write_text(conninfo)
+    journal = str(tmp_path / "journal")
+    with (
+        Guide("upgrade.md", tmp_path, postgres.bin_directory, {}) as guide,
+        serving(conninfo, "--journal", journal, ready=False) as first,
+        # Of a registry and books of its own: `tracking` asserts at the end that nothing was lost or left.
+        tracking(first.url, errors, CollectorRegistry()) as tracker,
+        Stream(tracker, digits) as stream,
+    ):
+        settings = {"TRACKER_DATABASE_FILE": str(tmp_path / "database"), "TRACKER_LISTEN": first.url}
+        with Posts(first, digits, "first") as posts:
+            stream.more()
+            posts.more()
+            said = guide.step("migrate --check", **settings)
+            assert f"{LAST[0]:04}_{LAST[1]}" in said
+            posts.more()
+            stream.more()
+        with serving(conninfo, "--journal", f"{journal}-2") as second:
+            with Posts(second, more_digits, "second") as posts:
+                guide.step("systemctl restart")
+                assert first.stop() == 0
+                stream.more()
+                first.start()
+                guide.step("tracker-daemon health", **settings)
+                stream.more()
+                posts.more()
+            assert second.stop() == 0
+        tracker.flush(2 * PATIENCE)
+        assert first.stop() == 0
+        first.start()
+    digits.made |= more_digits.made
+    verdict = digits.read(sums(conninfo))
+    assert (verdict.missing, verdict.doubled) == ([], [])
+
+
+def test_a_migration_only_adds(older_database: str) -> None:
+    """What an earlier version reads is there afterwards, of the same type; it can go on writing rows without what is new."""
+    before = columns(older_database)
+    assert run_migrate(older_database)[-1] == f"{LAST[0]:04}_{LAST[1]}"
+    after = columns(older_database)
+    assert {key: after.get(key) for key in before} == before
+    tables = {table for table, _ in before}
+    added = {key: value for key, value in after.items() if key not in before and key[0] in tables}
+    assert [key for key, (_, free) in added.items() if not free] == []
+
+
+def test_gives_up_behind_a_lock(postgres: EmbeddedPostgres, older_database: str, tmp_path: Path) -> None:
+    """With a lock_timeout `migrate` fails behind a transaction that holds the lock, and nothing is changed."""
+    before = columns(older_database)
+    file = tmp_path / "database"
+    file.write_text(older_database)
+    with psycopg.connect(older_database) as holder:
+        holder.execute("SELECT pg_advisory_xact_lock(%s)", [schema._LOCK])
+        guide = Guide("upgrade.md", tmp_path, postgres.bin_directory, {"lock_timeout=5s": "lock_timeout=50ms"})
+        with pytest.raises(AssertionError, match="lock timeout"):
+            guide.step("migrate --check", TRACKER_DATABASE_FILE=str(file))
+    assert columns(older_database) == before

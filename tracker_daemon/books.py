@@ -1,0 +1,141 @@
+"""The books: what was accepted, and what became of it, in calls.
+
+Rules:
+1. Whoever changes a total or reads several at one instant holds the backlog's lock.
+2. Accepted is applied, dead-lettered, lost or pending, exactly, in every reading.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Final
+
+from tracker_daemon.generation import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.generation import Record
+    from tracker_daemon.sink import Applied
+
+LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed", "journal_gone")
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """One consistent reading, in calls; by kind of call or by reason where it is a mapping."""
+
+    accepted: dict[str, int]
+    applied: dict[str, int]
+    dead_lettered: dict[str, int]
+    lost: dict[str, int]
+    queue_calls: int
+    """Accepted and neither applied, dead-lettered nor lost."""
+    threads: int
+    """Distinct threads with uncommitted change."""
+    oldest_at: int
+    """Nanoseconds since 1970 of the oldest pending call; 0 when nothing is pending."""
+    rows_skipped: int
+    journaled: int = 0
+    """Of `queue_calls`: left to the journal by an end of the process, for the next one to apply."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """What became of the calls that were pending when `close` was called, in calls."""
+
+    applied: int = 0
+    dead_lettered: int = 0
+    journaled: int = 0
+    lost: int = 0
+
+    @classmethod
+    def between(cls, before: Books | None, now: Books) -> DrainReport:
+        """Return what became of calls since *before*; `None`: `close` was never called."""
+        if before is None:
+            return cls()
+        return cls(
+            applied=sum(now.applied.values()) - sum(before.applied.values()),
+            dead_lettered=sum(now.dead_lettered.values()) - sum(before.dead_lettered.values()),
+            journaled=now.journaled,
+            lost=sum(now.lost.values()) - sum(before.lost.values()),
+        )
+
+
+@dataclass(slots=True)
+class Totals:
+    """The running totals of one life, by kind of call or by reason.
+
+    Attributes:
+        folded: taken off the queue.
+        recovered: of earlier lives, accepted by this one.
+        journaled: left to the journal by the end of the process.
+    """
+
+    folded: Counter[str] = field(default_factory=Counter)
+    applied: Counter[str] = field(default_factory=Counter)
+    dead_lettered: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    recovered: Counter[str] = field(default_factory=Counter)
+    rows_skipped: int = 0
+    journaled: int = 0
+    _recovering: Counter[str] = field(default_factory=Counter)
+
+    def settle(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
+        """The sink has *batch*."""
+        dead = {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}
+        for delta in batch:
+            if reason := dead.get(delta.thread_id):
+                self.dead_lettered[reason] += delta.calls
+            else:
+                _count(self.applied, delta)
+        self.rows_skipped += applied.skipped
+
+    def recover(self, batches: Iterable[tuple[ThreadDelta, ...]]) -> None:
+        """Count as accepted what an earlier life had accepted and this one is to apply.
+
+        What was to be applied before, and was not settled, comes again: the recovery was cut short and has begun anew.
+        """
+        self.recovered -= self._recovering
+        self._recovering.clear()
+        for delta in chain.from_iterable(batches):
+            _count(self._recovering, delta)
+        self.recovered += self._recovering
+
+    def settle_recovered(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> None:
+        """The sink has *batch*, of an earlier life."""
+        if self._recovering.total():  # else given up meanwhile
+            for delta in batch:
+                self._recovering -= _count(Counter(), delta)
+            self.settle(batch, applied)
+
+    def set_aside(self) -> None:
+        """What was recovered and cannot be applied stays in the journal."""
+        self.journaled += self._recovering.total()
+        self._recovering.clear()
+
+    def reading(self, waiting: Iterable[Record], threads: int, oldest_at: int) -> Books:
+        """Return the books, with what waits in the queue."""
+        accepted = self.folded + self.recovered + Counter(KINDS[len(record)] for record in waiting)
+        settled = self.applied.total() + self.dead_lettered.total() + self.lost.total()
+        return Books(
+            accepted=dict(accepted),
+            applied=dict(self.applied),
+            dead_lettered=dict(self.dead_lettered),
+            lost=dict(self.lost),
+            queue_calls=accepted.total() - settled,
+            threads=threads,
+            oldest_at=oldest_at,
+            rows_skipped=self.rows_skipped,
+            journaled=self.journaled,
+        )
+
+
+def _count(counter: Counter[str], delta: ThreadDelta) -> Counter[str]:
+    counter["ensure_conversation"] += delta.ensures
+    counter["record_turn"] += delta.turns
+    counter["resolve"] += delta.resolves
+    return counter

@@ -1,0 +1,40 @@
+"""A window that is sealed and not settled."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.generation import Generation
+    from tracker_daemon.journal.records import Header
+    from tracker_daemon.journal.windows import Window
+
+
+@dataclass(slots=True)
+class Sealed:
+    """A sealed window: in memory, or in the journal's files alone."""
+
+    generation: Generation | None
+    stored: Window | None
+    sealed_at: int
+    oldest_at: int
+    threads: int
+    producer: UUID | None = None
+    first: int = 0
+    settled: int = 0
+    header: Header | None = None
+    """Of its first file, or of what would have been one."""
+    batches: deque[tuple[ThreadDelta, ...]] = field(default_factory=deque)
+
+    @property
+    def calls(self) -> int:
+        """Not settled yet."""
+        if self.generation is None:
+            return self.stored.calls if self.stored is not None else 0
+        return sum(delta.calls for delta in chain(*self.batches))
