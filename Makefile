@@ -5,7 +5,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --python-ve
 	--custom-compile-command 'make requirements'
 
 .PHONY: help demo test test-deploy requirements deploy-files dashboard dashboard-picture bench soak soak-journal soak-journal-recovery
-.PHONY: soak-daemon lint types fmt cov clean
+.PHONY: soak-daemon soak-stream lint types fmt cov clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -33,8 +33,15 @@ test: .venv/installed  ## the whole suite on a real Postgres, a few minutes
 test-deploy: .venv/deploy-tools  ## the image, compose, Kubernetes: built, run and checked with podman; as root
 	$(BIN)/python -X dev -m pytest -m 'containers or not containers' tests/deploy $(ARGS)
 
-bench: .venv/installed  ## what a call costs beside a queue append, as ratios
-	$(BIN)/python benchmarks/call_cost.py
+# Peers that are compared with have a place of their own: none of them is needed, or seen, by the tests.
+.venv/bench/installed: .venv/installed benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv/bench
+	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,daemon]' \
+		--requirement benchmarks/requirements.txt
+	@touch $@
+
+bench: .venv/bench/installed  ## measured beside every alternative: table and plots, 10 minutes; ONLY='call_cost loop_lag'
+	.venv/bench/bin/python benchmarks/run.py $(ONLY) $(ARGS)
 
 soak: .venv/installed  ## faults for SECONDS=60, then: calls made, lost, doubled
 	$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
@@ -48,13 +55,16 @@ soak-journal-recovery: .venv/installed  ## CALLS=5000000 left by a killed proces
 soak-daemon: .venv/installed  ## daemon, workers and server killed for SECONDS=60, then: calls missing, doubled
 	$(BIN)/python -m tests.daemon.kills --seconds $(or $(SECONDS),60) $(ARGS)
 
+soak-stream: .venv/installed  ## consumers, brokers, publishers and Postgres killed for SECONDS=60, then: calls missing, doubled
+	$(BIN)/python -m tests.stream.kills --seconds $(or $(SECONDS),60) $(ARGS)
+
 cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=tracker_daemon --cov-branch --cov-report=term $(ARGS)
 
 requirements: .venv/deploy-tools  ## the image's pins, anew from pyproject.toml
-	$(COMPILE) --extra daemon --output-file deploy/requirements.txt pyproject.toml
-	$(COMPILE) --extra daemon --extra embedded --constraint deploy/requirements.txt \
+	$(COMPILE) --extra daemon --extra nats --output-file deploy/requirements.txt pyproject.toml
+	$(COMPILE) --extra daemon --extra nats --extra embedded --constraint deploy/requirements.txt \
 		--output-file deploy/requirements-embedded.txt pyproject.toml
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 		| $(COMPILE) --output-file deploy/requirements-build.txt -

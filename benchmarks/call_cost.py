@@ -1,88 +1,208 @@
-"""What one call costs, beside one `deque.append` of a 5-tuple: the same process, interleaved rounds, ratios.
+"""What one call costs beside one `deque.append` of a 5-tuple, and beside what else a server would call.
 
-Nanoseconds drift with the machine; the ratio holds. Nothing is flushed meanwhile: this is the call alone.
+One thread, 1,000 threads' ids in turn, in one process, in interleaved rounds; what the loop costs is taken off. Whoever
+would empty the queue is asleep, ours and the others': it is the call alone, in CPU time of its thread. A peer that takes one number a call gets one.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
+import asyncio
+import queue
 import time
-import uuid
 from collections import deque
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from databases import thread_ids
+from harness import Run, started
 from prometheus_client import CollectorRegistry
 
 from tracker_daemon import MemorySink, Tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-CALLS, ROUNDS = 200_000, 9
-IDS = [str(uuid.uuid4()) for _ in range(1_000)]
+    Case = tuple[Callable[[str], object], Callable[[], object]]
 
-
-def seconds_of(call: Callable[[str], object]) -> float:
-    """Return the seconds that `CALLS` calls take."""
-    began = time.perf_counter()
-    for _ in range(CALLS // len(IDS)):
-        for thread_id in IDS:
-            call(thread_id)
-    return time.perf_counter() - began
-
-
-def without_worker(journal: str | None = None) -> Tracker:
-    """Return a tracker that takes calls and does nothing with them: the call alone."""
-    tracker = Tracker(
-        MemorySink(), registry=CollectorRegistry(), max_queue_size=100 * CALLS, max_pending=10**9, journal=journal
-    )
-    tracker._worker._may_start.clear()  # noqa: SLF001
-    tracker.record_turn("first", "billing", 1, 0.1)
-    return tracker
+IDS = thread_ids(1_000)
+BASE = "deque.append of a 5-tuple"
+TELEMETRY = "OpenTelemetry BatchSpanProcessor.on_end"
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure, print, write."""
+    run = started(__file__, __doc__)
+    calls = run.size(100_000, 2_000)
     with TemporaryDirectory() as directory:
-        measure(without_worker(), without_worker(directory))
+        measure(run, calls, {**ours(calls, directory), **theirs(run, calls)})
+    empty = run.cases["nothing"].median
+    shown = [name for name in run.cases if name not in ("nothing", BASE)]
+    run.series["ratios"] = {name: round(run.ratio(name, BASE, empty), 2) for name in shown}
+    tell(run, empty)
+    run.finish()
 
 
-def measure(tracker: Tracker, journaled: Tracker) -> None:
-    """Measure the calls on both, and print the table."""
-    backlog, files = tracker._backlog, journaled._backlog  # noqa: SLF001
-    journal = journaled.journal
-    assert journal is not None
-    queue: deque[object] = deque()
+def measure(run: Run, calls: int, cases: dict[str, Case]) -> None:
+    """Run the cases; nanoseconds a call, of a peer that waits for a loop inside one."""
+
+    def plain(call: Callable[[str], object], reset: Callable[[], object]) -> Callable[[], float]:
+        def once() -> float:
+            reset()
+            began = time.thread_time()
+            for _ in range(calls // len(IDS)):
+                for thread_id in IDS:
+                    call(thread_id)
+            return (time.thread_time() - began) / calls * 1e9
+
+        return once
+
+    made = {name: plain(*case) for name, case in cases.items()}
+    with absent(run):
+        made["LiteLLM SpendUpdateQueue.add_update"] = litellm(calls)
+    run.measure("ns", made, rounds=1 if run.quick else 7)
+
+
+def ours(calls: int, directory: str) -> dict[str, Case]:
+    """Return the cases of this package, and what they are measured by."""
+    waiting: deque[object] = deque()
     at = time.time_ns()
-    calls: dict[str, Callable[[str], object]] = {
-        "deque.append of a 5-tuple": lambda i: queue.append((i, "billing", 812, 0.0041, at)),
-        "record_turn": lambda i: tracker.record_turn(i, "billing", 812, 0.0041),
-        "ensure_conversation": tracker.ensure_conversation,
-        "resolve": lambda i: tracker.resolve(i, "resolved_by_agent"),
-        "record_turn, journal": lambda i: journaled.record_turn(i, "billing", 812, 0.0041),
+
+    def tracker(journal: str | None = None) -> Tracker:
+        made = Tracker(
+            MemorySink(), registry=CollectorRegistry(), max_queue_size=100 * calls, max_pending=10**9, journal=journal
+        )
+        made._worker._may_start.clear()  # noqa: SLF001 - it takes calls and does nothing with them
+        made.record_turn("first", "billing", 1, 0.1)
+        return made
+
+    memory, files = tracker(), tracker(directory)
+
+    def reset_memory() -> None:
+        memory._backlog.queue.clear()  # type: ignore[attr-defined]  # noqa: SLF001
+        memory._backlog.gate = 10 * calls  # noqa: SLF001
+
+    def reset_files() -> None:
+        journal = files.journal
+        assert journal is not None
+        written = [segment for segment in journal.queue.segments if segment.path is not None]
+        assert written or not journal.queue, "the calls of the last round went to memory alone"
+        journal.drop(journal.queue.end())
+        files._backlog.gate = 10 * calls  # noqa: SLF001
+
+    return {
+        "nothing": (lambda _: None, lambda: None),
+        BASE: (lambda i: waiting.append((i, "billing", 812, 0.0041, at)), waiting.clear),
+        "record_turn": (lambda i: memory.record_turn(i, "billing", 812, 0.0041), reset_memory),
+        "ensure_conversation": (memory.ensure_conversation, reset_memory),
+        "resolve": (lambda i: memory.resolve(i, "resolved_by_agent"), reset_memory),
+        "record_turn with a journal": (lambda i: files.record_turn(i, "billing", 812, 0.0041), reset_files),
     }
-    # What the loop and the lambda cost is taken off each.
-    taken: dict[str, list[float]] = {name: [] for name in ["empty", *calls]}
-    for _ in range(ROUNDS):
-        taken["empty"].append(seconds_of(lambda _: None))
-        for name, call in calls.items():
-            queue.clear()
-            backlog.queue.clear()  # type: ignore[attr-defined]
-            backlog.gate = files.gate = 10 * CALLS
-            taken[name].append(seconds_of(call))
-            if name.endswith("journal"):
-                journal._drop(journal.queue.end())  # noqa: SLF001
-    empty = statistics.median(taken.pop("empty"))
-    base = statistics.median(taken["deque.append of a 5-tuple"]) - empty
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {ROUNDS} interleaved rounds of {CALLS:,} calls")
-    print(f"{'':28} {'ns':>7} {'ratio':>7} {'spread':>7}")
-    for name, rounds in taken.items():
-        middle = statistics.median(rounds) - empty
-        spread = (max(rounds) - min(rounds)) / statistics.median(rounds)
-        print(f"{name:28} {middle / CALLS * 1e9:7.0f} {middle / base:7.2f} {spread:7.0%}")
+
+
+def theirs(run: Run, calls: int) -> dict[str, Case]:
+    """Return the cases of others, as far as they are installed."""
+    found = {"queue.Queue.put_nowait": standard_queue()}
+    with absent(run):
+        found[TELEMETRY] = opentelemetry(calls)
+    with absent(run):
+        found["datadog increment, aggregation in the client"] = datadog()
+    with absent(run):
+        found["Sentry 2.20 metrics, buckets in the client"] = sentry()
+    return found
+
+
+@contextmanager
+def absent(run: Run) -> Iterator[None]:
+    """Note who is not installed, and go on without."""
+    try:
+        yield
+    except ImportError as error:
+        run.series.setdefault("absent", []).append(error.name)
+
+
+def standard_queue() -> Case:
+    """A bounded queue of the standard library, which takes a lock."""
+    waiting: queue.Queue[object] = queue.Queue(10**9)
+    at = time.time_ns()
+    return lambda i: waiting.put_nowait((i, "billing", 812, 0.0041, at)), waiting.queue.clear
+
+
+def opentelemetry(calls: int) -> Case:
+    """Spans that have ended already, into a processor whose queue holds all of a round and that exports none."""
+    from opentelemetry.sdk.trace import ReadableSpan  # noqa: PLC0415 - only where it is installed
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult  # noqa: PLC0415
+    from opentelemetry.trace import SpanContext, TraceFlags  # noqa: PLC0415
+
+    class Nowhere(SpanExporter):
+        def export(self, spans: object) -> SpanExportResult:  # noqa: ARG002
+            return SpanExportResult.SUCCESS
+
+    size = 2 * calls
+    processor = BatchSpanProcessor(
+        Nowhere(), max_queue_size=size, max_export_batch_size=size, schedule_delay_millis=3_600_000
+    )
+    context = SpanContext(1, 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+    spans = {i: ReadableSpan(i, context=context, attributes={"tokens": 812}) for i in IDS}
+    waiting = processor._batch_processor._queue  # noqa: SLF001
+    return lambda i: processor.on_end(spans[i]), waiting.clear
+
+
+def datadog() -> Case:
+    """A counter with a tag, added up in the client and not sent."""
+    from datadog import DogStatsd  # noqa: PLC0415 - only where it is installed
+
+    client = DogStatsd(disable_aggregation=False, flush_interval=3_600, disable_telemetry=True)
+    tags = {i: [f"thread:{i}"] for i in IDS}
+    return lambda i: client.increment("turns", 1, tags[i]), client.aggregator.flush_aggregated_metrics
+
+
+def sentry() -> Case:
+    """A counter with a tag, added up in buckets and not sent."""
+    from sentry_sdk.metrics import MetricsAggregator  # noqa: PLC0415 - only where it is installed
+
+    metrics = MetricsAggregator(capture_func=lambda _: None)
+    metrics.FLUSHER_SLEEP_TIME = 3_600
+    tags = {i: {"thread": i} for i in IDS}
+    return lambda i: metrics.add("c", "turns", 1, "none", tags[i], stacklevel=None), metrics.buckets.clear
+
+
+def litellm(calls: int) -> Callable[[], float]:
+    """Sums of spend by entity, awaited; emptied, uncounted, before it is full and aggregates in the call."""
+    from litellm.proxy.db.db_transaction_queue.spend_update_queue import SpendUpdateQueue  # noqa: PLC0415
+
+    made = SpendUpdateQueue()
+    updates: dict[str, Any] = {i: {"entity_type": "user", "entity_id": i, "response_cost": 0.0041} for i in IDS[:500]}
+
+    async def turn() -> float:
+        took, number = 0.0, calls // len(updates)
+        for _ in range(number):
+            began = time.thread_time()
+            for update in updates.values():
+                await made.add_update(update)
+            took += time.thread_time() - began
+            while not made.update_queue.empty():
+                made.update_queue.get_nowait()
+        return took / number / len(updates) * 1e9
+
+    return lambda: asyncio.run(turn())
+
+
+def tell(run: Run, empty: float) -> None:
+    """Say what the goals make of it."""
+    own = run.ratio("record_turn", BASE, empty)
+    run.goal(1, "a `record_turn` beside one `deque.append` of a 5-tuple", "≤ 4.0×", f"{own:.2f}×", met=own <= 4.0)
+    peers = [name for name in run.series["ratios"] if " " in name or "." in name]
+    peers.remove("record_turn with a journal")
+    beside = {name: run.ratio(name, "record_turn", empty) for name in peers}
+    told = ", ".join(f"{name.split()[0]} {ratio:.1f}×" for name, ratio in beside.items())
+    run.goal(
+        2,
+        "what others cost beside it",
+        "each > 1×, OpenTelemetry's ≥ 2×",
+        told,
+        met=min(beside.values()) > 1 and beside.get(TELEMETRY, 0.0) >= 2,
+    )
 
 
 if __name__ == "__main__":

@@ -369,6 +369,27 @@ def test_the_gate_never_lets_in_more_than_there_is_room_for() -> None:
     assert accepted == backlog.books().threads == 10
 
 
+def test_what_waits_is_looked_at_anywhere() -> None:
+    """Of what waits beside the batch in hand any delta may be looked at, and never one of that batch."""
+    backlog = Backlog(max_queue_size=10_000, max_pending=10_000, max_batch_size=50, create_missing=True)
+    door = Door(backlog)
+    for thread_id in (f"sealed-{number}" for number in range(150)):
+        assert door.record_turn(thread_id)
+        backlog.drain(10)
+    backlog.seal()
+    for thread_id in (f"open-{number}" for number in range(150)):
+        assert door.record_turn(thread_id)
+        backlog.drain(10)
+    head, seen, chance = backlog.head(), set[str](), random.Random(7)
+    assert head is not None
+    for _ in range(1_000):
+        some = backlog.following(head, 16, chance)
+        assert len(some) == 16
+        seen |= {delta.thread_id for delta in some}
+    assert seen == {f"sealed-{number}" for number in range(50, 150)} | {f"open-{number}" for number in range(150)}
+    assert len(backlog.following((), 1_000, chance)) == 300
+
+
 def test_room_that_a_waiting_call_needs() -> None:
     """A thread leaves the sealed generation while a call on it waits: it still counts, and a new one is refused."""
     backlog = backlog_of(max_pending=1)

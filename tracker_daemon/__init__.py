@@ -1,6 +1,6 @@
 """Write-behind conversation tracking for chat servers: calls in memory, sums in Postgres, exactly once."""
 
-from tracker_daemon.books import DrainReport
+from tracker_daemon.books import DrainReport, TrackerStats
 from tracker_daemon.conversation_trackers import (
     ConversationTrackerProtocol,
     NoOpConversationTracker,
@@ -20,7 +20,7 @@ from tracker_daemon.errors import (
 )
 from tracker_daemon.memory_sink import MemorySink
 from tracker_daemon.sink import Sink
-from tracker_daemon.tracker import Tracker, TrackerStats
+from tracker_daemon.tracker import Tracker
 
 __all__ = [
     "ConversationTrackerProtocol",

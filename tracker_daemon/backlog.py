@@ -22,15 +22,17 @@ from collections import deque
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
+from tracker_daemon.delta import unpacked
 from tracker_daemon.generation import Generation, summed
 from tracker_daemon.intake import Intake
 from tracker_daemon.sealed import Sealed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+    from random import Random
 
     from tracker_daemon.books import Books
-    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.delta import Deltas, ThreadDelta
     from tracker_daemon.journal.journal import Journal
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
@@ -176,7 +178,7 @@ class Backlog(Intake):
     def _in_memory(self) -> tuple[Generation, ...]:
         return tuple(sealed.generation for sealed in self.sealed if sealed.generation is not None)
 
-    def head(self) -> tuple[ThreadDelta, ...] | None:
+    def head(self) -> Deltas | None:
         """Return the oldest sealed batch; it stays until `settle`. `None`: there is none, or it must be `load`ed."""
         return self.sealed[0].batches[0] if self.sealed and self.sealed[0].batches else None
 
@@ -203,6 +205,20 @@ class Backlog(Intake):
                 sealed.generation = generation
                 sealed.batches = deque(generation.batches(self.max_batch_size))
                 self._recount(self._in_memory)
+
+    def following(self, batch: Sequence[ThreadDelta], most: int, random: Random) -> list[ThreadDelta]:
+        """Return a few deltas of those in memory that wait beside *batch*, of other batches and of the window.
+
+        Each of them may be among those: were they always the first ones, a few bad rows there would hide all others.
+        """
+        with self.lock:
+            first = random.randrange(max(1, len(self._window) - most + 1))
+            found = self._window.part(first, most)
+            for window in self.sealed:
+                for each in window.batches:
+                    if each is not batch:
+                        found += map(unpacked, random.sample(each.rows, min(most, len(each))))
+        return random.sample(found, min(most, len(found)))
 
     def lose_stored_head(self, window: Window) -> None:
         """Give up a stored window whose files are gone: count it as lost."""
@@ -232,7 +248,7 @@ class Backlog(Intake):
             self._next += len(sealed.batches)
         return sealed.producer, sealed.first + sealed.settled
 
-    def settle(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> Window | None:
+    def settle(self, batch: Deltas, applied: Applied) -> Window | None:
         """Forget *batch*, the oldest sealed one: the sink has it. Return its window if that is done and stored."""
         with self.lock:
             if self.head() is not batch:
@@ -241,7 +257,7 @@ class Backlog(Intake):
             sealed.batches.popleft()
             sealed.settled += 1
             self._totals.settle(batch, applied)
-            released = sum(self._release(delta) for delta in batch)
+            released = self._release(batch)
             # In this order: until the room grows, whoever counts finds the released threads that wait again.
             self._moves += 1
             self._threads -= released
@@ -252,12 +268,12 @@ class Backlog(Intake):
             self._recount(self._in_memory)
             return sealed.stored
 
-    def recover(self, batches: Iterable[tuple[ThreadDelta, ...]]) -> None:
+    def recover(self, batches: Iterable[Iterable[ThreadDelta]]) -> None:
         """See `Totals.recover`."""
         with self.lock:
             self._totals.recover(batches)
 
-    def settle_recovered(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> None:
+    def settle_recovered(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
         """See `Totals.settle_recovered`."""
         with self.lock:
             self._totals.settle_recovered(batch, applied)
@@ -340,9 +356,11 @@ class Backlog(Intake):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _release(self, delta: ThreadDelta) -> bool:
-        """Let go of a settled delta; say whether nothing more of its thread is held."""
+    def _release(self, batch: Deltas) -> int:
+        """Let go of a settled batch; return of how many of its threads nothing more is held."""
         generation = self.sealed[0].generation
         assert generation is not None  # it was the head
-        generation.release(delta)
-        return not self._holds(delta.thread_id)
+        left = generation.release(batch)
+        for other in (*self._resident, self._window):
+            left = other.without(left)
+        return len(left)

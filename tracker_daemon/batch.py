@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from uuid import UUID
 
     from tracker_daemon.delta import ThreadDelta
@@ -32,7 +33,7 @@ class Batch:
     lane: int
     epoch: int
     sequence: int
-    deltas: tuple[ThreadDelta, ...]
+    deltas: Sequence[ThreadDelta]
     create_missing: bool = True
 
     def __str__(self) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
+from tracker_daemon.delta import calls_of, rows_of
 from tracker_daemon.generation import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.delta import Row, ThreadDelta
     from tracker_daemon.generation import Record
     from tracker_daemon.sink import Applied
 
@@ -86,30 +87,30 @@ class Totals:
 
     def settle(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
         """The sink has *batch*."""
-        dead = {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}
-        for delta in batch:
-            if reason := dead.get(delta.thread_id):
-                self.dead_lettered[reason] += delta.calls
-            else:
-                _count(self.applied, delta)
+        rows = rows_of(batch)
+        if dead := {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}:
+            for row in rows:
+                if reason := dead.get(row[0]):
+                    self.dead_lettered[reason] += calls_of(row)
+            rows = tuple(row for row in rows if row[0] not in dead)
+        _count(self.applied, rows)
         self.rows_skipped += applied.skipped
 
-    def recover(self, batches: Iterable[tuple[ThreadDelta, ...]]) -> None:
+    def recover(self, batches: Iterable[Iterable[ThreadDelta]]) -> None:
         """Count as accepted what an earlier life had accepted and this one is to apply.
 
         What was to be applied before, and was not settled, comes again: the recovery was cut short and has begun anew.
         """
         self.recovered -= self._recovering
         self._recovering.clear()
-        for delta in chain.from_iterable(batches):
-            _count(self._recovering, delta)
+        for batch in batches:
+            _count(self._recovering, rows_of(batch))
         self.recovered += self._recovering
 
-    def settle_recovered(self, batch: tuple[ThreadDelta, ...], applied: Applied) -> None:
+    def settle_recovered(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
         """The sink has *batch*, of an earlier life."""
         if self._recovering.total():  # else given up meanwhile
-            for delta in batch:
-                self._recovering -= _count(Counter(), delta)
+            self._recovering -= _count(Counter(), rows_of(batch))
             self.settle(batch, applied)
 
     def set_aside(self) -> None:
@@ -134,8 +135,34 @@ class Totals:
         )
 
 
-def _count(counter: Counter[str], delta: ThreadDelta) -> Counter[str]:
-    counter["ensure_conversation"] += delta.ensures
-    counter["record_turn"] += delta.turns
-    counter["resolve"] += delta.resolves
+_TURNS, _ENSURES, _RARE = itemgetter(1), itemgetter(7), itemgetter(8)
+
+
+def _count(counter: Counter[str], rows: Sequence[Row]) -> Counter[str]:
+    counter["ensure_conversation"] += sum(map(_ENSURES, rows))
+    counter["record_turn"] += sum(map(_TURNS, rows))
+    counter["resolve"] += sum(rare[0] for rare in filter(None, map(_RARE, rows)))
     return counter
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerStats:
+    """Calls, at one instant: `accepted == applied + dead_lettered + lost + pending`, exactly.
+
+    Attributes:
+        accepted: taken; `True` was returned.
+        applied: committed (or skipped, with `create_missing=False`).
+        dead_lettered: in deltas that the database will never take; kept in `tracker_dead_letters`.
+        lost: taken and not kept: a shutdown deadline passed.
+        pending: taken and on their way.
+        rejected: never taken: invalid, full or closed.
+        rows_skipped: not calls but rows: threads of a flush that had none, with `create_missing=False`.
+    """
+
+    accepted: int
+    applied: int
+    dead_lettered: int
+    lost: int
+    pending: int
+    rejected: int
+    rows_skipped: int = 0

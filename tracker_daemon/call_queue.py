@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sized
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 
     from tracker_daemon.generation import Record
 
@@ -28,8 +28,11 @@ class Calls(Protocol):
         """Take one call, from any thread, without a lock."""
         ...
 
-    def drain(self, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:
-        """Fold at most *limit* calls, and on a disk no more than until *held* has *most* items; return how many."""
+    def drain(self, fold_all: Callable[[Iterable[Record]], object], limit: int, held: Sized, most: int) -> int:
+        """Fold at most *limit* calls, and on a disk no more than until *held* has *most* items; return how many.
+
+        *fold_all* takes the calls one by one: each is taken off when the next one is asked for.
+        """
         ...
 
     def waiting(self) -> Collection[Record]:
@@ -42,13 +45,23 @@ class CallQueue(deque["Record"]):
 
     on_disk = False
 
-    def drain(self, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:  # noqa: ARG002
+    def drain(
+        self,
+        fold_all: Callable[[Iterable[Record]], object],
+        limit: int,
+        held: Sized,  # noqa: ARG002
+        most: int,  # noqa: ARG002
+    ) -> int:
         """Fold at most *limit* calls; return how many. A call is folded before it is taken off."""
         count = min(limit, len(self))
-        for _ in range(count):
-            fold(self[0])
-            self.popleft()
+        fold_all(self._taken(count))
         return count
+
+    def _taken(self, count: int) -> Iterator[Record]:
+        take_off = self.popleft
+        for _ in range(count):
+            yield self[0]
+            take_off()
 
     def waiting(self) -> deque[Record]:
         """Return the calls that wait, in order."""

@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     sys.stderr.write("tracker-daemon: the command line needs click: pip install click\n")
     sys.exit(2)
 
-from tracker_daemon import journal_command, serve_command
+from tracker_daemon import journal_command, serve_command, stream_command
 from tracker_daemon.options import DATABASE
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _PREFIX: Final = "TRACKER_"
 _FILE: Final = "_FILE"
 _TOLD: Final = 20  # refused letters, of which each may have an error of some lines
-_SECRET: Final = frozenset({"TRACKER_DATABASE"})
+_SECRET: Final = frozenset({"TRACKER_DATABASE", "TRACKER_STREAM"})
 # What Kubernetes sets in every container for a service named tracker or tracker-daemon.
 _OF_KUBERNETES: Final = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 
@@ -244,6 +244,32 @@ def migrate(database: str, table: tuple[str | None, str], *, check: bool, create
     _print([f"applied {step}" for step in steps] or ["nothing to do"])
 
 
+@program.command(short_help="Write-behind beside one statement a call, on your database.")
+@setting(
+    "--database", required=True, callback=_database, metavar="URL", help="postgresql:…, a conninfo, or embedded:DIR."
+)
+@setting("--seconds", type=click.FloatRange(0.1, 3_600), default=5.0, help="How long each round of each of them lasts.")
+@setting("--threads", type=click.IntRange(1, 1_000_000), default=10_000, help="Distinct conversations.")
+@click.option(
+    "--connections", type=click.IntRange(1, 100), default=10, show_default=True, help="Of one statement a call."
+)
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="How often both have a turn.")
+def bench(database: str, seconds: float, threads: int, connections: int, rounds: int) -> None:
+    """Measure write-behind beside one statement a call on the database, in a schema of its own.
+
+    The schema tracker_bench_… is made and removed again, after Ctrl-C too; no table that exists is touched. The role
+    needs the right to create in the database.
+    """
+    with _one_line():
+        import anyio  # noqa: PLC0415 - rule 4
+
+        from tracker_daemon import comparison  # noqa: PLC0415 - rule 4
+
+        settings = comparison.Settings(seconds, threads, connections, rounds)
+        status = anyio.run(comparison.run, database, settings, click.echo)
+    sys.exit(status)
+
+
 @program.group("dead-letters")
 def dead_letters() -> None:
     """Look after the deltas that the database would not take."""
@@ -327,7 +353,10 @@ def _print(lines: list[str]) -> None:
 
 
 program.add_command(journal_command.group(setting, _one_line, _database, _table))
-for _command in serve_command.commands(setting, _one_line, _database, _table):
+for _command in (
+    *serve_command.commands(setting, _one_line, _database, _table),
+    *stream_command.commands(setting, _one_line, _database, _table),
+):
     program.add_command(_command)
 
 

@@ -9,15 +9,20 @@ Rules:
 4. `first_at` is the earliest instant of any call; `last_turn_at` the latest of `record_turn`, whose calls alone are
    activity; of several `resolve` the one with the latest instant stays, and of equal instants the last one called.
 5. Instants are whole microseconds since 1970 in UTC, as Postgres stores them.
+6. What waits in masses is kept as rows (`Row`): tuples of atoms, of which the garbage collector lets go when it first
+   meets them. A hundred thousand objects of a class would be looked through by each of its full passes, with the
+   interpreter held, and bring them about.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Clamped, Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow, Rounded
-from typing import TYPE_CHECKING, Final, final
+from operator import itemgetter
+from typing import TYPE_CHECKING, Final, SupportsIndex, TypeAlias, final, overload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from tracker_daemon.calls import Cost
 
@@ -28,6 +33,13 @@ _FLOAT_UNITS: Final = 1e12
 _FEW_AGENTS: Final = 8
 # Decimals of up to 15 digits and floats are one to one, so below 10**15 units the division tells the truth.
 _EXACT_BELOW: Final = 1e3
+
+# thread_id, turns, tokens, cost_units, first_at, last_turn_at, agents, ensures, and what most have not: resolves,
+# resolution_type, resolved_at, cost_rest. A single agent stands there by itself.
+Rare: TypeAlias = "tuple[int, str | None, int | None, Decimal | None]"
+Row: TypeAlias = (
+    "tuple[str, int, int, int, int, int | None, str | tuple[str, ...] | dict[str, None] | None, int, Rare | None]"
+)
 
 # Wide enough for every sum of what `calls.cost` lets in; a digit lost would be an exception, not a rounding.
 EXACT: Final = Context(
@@ -215,6 +227,97 @@ class ThreadDelta:
     def __repr__(self) -> str:
         shown = (f"{name}={getattr(self, name)!r}" for name in _SHOWN if getattr(self, name))
         return f"ThreadDelta({self.thread_id!r}, {', '.join(shown)})"
+
+
+def packed(delta: ThreadDelta, *, give: bool = False) -> Row:
+    """Return *delta* as a row; *give*: it is used no more, so that many agents need not be copied."""
+    names = delta._agents  # noqa: SLF001 - of this module
+    agents: str | tuple[str, ...] | dict[str, None] | None
+    if type(names) is tuple:
+        agents = names[0] if len(names) == 1 else names or None
+    else:
+        agents = names if give else names.copy()  # type: ignore[union-attr]  # of many: a dict
+    rare = (delta.resolves, delta.resolution_type, delta.resolved_at, delta.cost_rest)
+    return (
+        delta.thread_id,
+        delta.turns,
+        delta.tokens,
+        delta.cost_units,
+        delta.first_at,
+        delta.last_turn_at,
+        agents,
+        delta.ensures,
+        None if rare == _NONE else rare,
+    )
+
+
+def unpacked(row: Row, *, give: bool = False) -> ThreadDelta:
+    """Return a delta of its own from *row*; *give*: the row is used no more."""
+    delta = ThreadDelta(row[0], row[4])
+    _, delta.turns, delta.tokens, delta.cost_units, _, delta.last_turn_at, agents, delta.ensures, rare = row
+    if type(agents) is str:
+        delta._agents = (agents,)  # noqa: SLF001
+    elif agents is not None:
+        delta._agents = agents.copy() if type(agents) is dict and not give else agents  # type: ignore[assignment]  # noqa: SLF001
+    if rare is not None:
+        delta.resolves, delta.resolution_type, delta.resolved_at, delta.cost_rest = rare
+    return delta
+
+
+_NONE: Final[Rare] = (0, None, None, None)
+_CALLS: Final = itemgetter(1, 7, 8)
+_FIRST_AT: Final = itemgetter(4)
+
+
+def calls_of(row: Row) -> int:
+    """Return how many calls are summed in *row*."""
+    turns, ensures, rare = _CALLS(row)
+    return int(turns + ensures if rare is None else turns + ensures + rare[0])
+
+
+@final
+class Deltas(Sequence[ThreadDelta]):
+    """Deltas that are kept as rows; each is made when it is asked for, anew each time.
+
+    Attributes:
+        rows: what they are made of.
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: tuple[Row, ...]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> ThreadDelta: ...
+    @overload
+    def __getitem__(self, index: slice) -> Deltas: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> ThreadDelta | Deltas:
+        return Deltas(self.rows[index]) if isinstance(index, slice) else unpacked(self.rows[index])
+
+    def __iter__(self) -> Iterator[ThreadDelta]:
+        return map(unpacked, self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # as of deltas
+
+    def __repr__(self) -> str:
+        return f"Deltas({list(self)!r})"
+
+
+def rows_of(deltas: Iterable[ThreadDelta]) -> tuple[Row, ...]:
+    """Return *deltas* as rows."""
+    return deltas.rows if isinstance(deltas, Deltas) else tuple(map(packed, deltas))
+
+
+def earliest(deltas: Iterable[ThreadDelta]) -> int:
+    """Return the earliest instant of *deltas*, of which there is one at least."""
+    return int(min(map(_FIRST_AT, rows_of(deltas))))
 
 
 _SHOWN = (

@@ -2,21 +2,25 @@
 
 Rules:
 1. Pure: the same calls in the same order give the same batches, in this process or in one that reads them back.
-2. `create_missing=False`: what comes to a thread from its first `ensure` on is kept apart (`followers`) when earlier
+2. Sums are kept as rows (see `delta`). The ordinary turn is added to one in a few operations; whatever else is added as
+   `ThreadDelta` says, and the two give the same.
+3. `create_missing=False`: what comes to a thread from its first `ensure` on is kept apart (`followers`) when earlier
    calls of the window may find no row, and goes in a later batch. So the outcome does not depend on windows.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.delta import Deltas, ThreadDelta, calls_of, packed, unpacked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from tracker_daemon.calls import Cost
+    from tracker_daemon.delta import Row
 
 # A call in the queue; its length tells its kind. The instant comes last, in nanoseconds since 1970.
 Ensure: TypeAlias = "tuple[str, int]"
@@ -26,19 +30,29 @@ Record: TypeAlias = "Ensure | Resolve | Turn"
 
 KINDS: Final = {2: "ensure_conversation", 5: "record_turn", 3: "resolve"}
 _ENSURE: Final = 2
+_TURN: Final = 5
+_UNITS: Final = 10**12
+_FLOAT_UNITS: Final = 1e12
+# As in `delta`: below it, whether units divided give the float again tells whether they are exact.
+_EXACT_BELOW: Final = 1e3
 
 
 class Generation:
-    """The deltas of one window by thread, in order of first call."""
+    """The sums of one window by thread, in order of first call.
+
+    Attributes:
+        deltas: a row for each thread.
+        followers: rows of what came to a thread from its first `ensure` on (rule 3).
+        oldest_at: nanoseconds since 1970 of the first call; 0 without any.
+    """
 
     __slots__ = ("create_missing", "deltas", "followers", "oldest_at")
 
     def __init__(self, *, create_missing: bool) -> None:
         self.create_missing = create_missing
-        self.deltas: dict[str, ThreadDelta] = {}
-        self.followers: dict[str, ThreadDelta] = {}
+        self.deltas: dict[str, Row] = {}
+        self.followers: dict[str, Row] = {}
         self.oldest_at = 0
-        """Nanoseconds since 1970 of the first call; 0 without any."""
 
     def __contains__(self, thread_id: str) -> bool:
         return thread_id in self.deltas or thread_id in self.followers
@@ -49,66 +63,140 @@ class Generation:
     @property
     def calls(self) -> int:
         """How many calls are summed here."""
-        return sum(delta.calls for delta in self.all())
+        return sum(map(calls_of, self.rows()))
+
+    def rows(self) -> Iterator[Row]:
+        """Yield every row, in the order of the batches."""
+        return chain(self.deltas.values(), self.followers.values())
 
     def all(self) -> Iterator[ThreadDelta]:
         """Yield every delta, in the order of the batches."""
-        return chain(self.deltas.values(), self.followers.values())
+        return map(unpacked, self.rows())
+
+    def part(self, first: int, most: int) -> list[ThreadDelta]:
+        """Return at most so many deltas, from the *first* one on."""
+        return [unpacked(row) for row in islice(self._rows(), first, first + most)]
 
     def of(self, thread_id: str) -> Iterator[ThreadDelta]:
         """Yield what the generation holds of one thread, in order."""
         for part in (self.deltas, self.followers):
             if thread_id in part:
-                yield part[thread_id]
+                yield unpacked(part[thread_id])
 
-    def fold(self, record: Record) -> bool:
-        """Add one call; say whether its thread is new here."""
-        thread_id = record[0]
-        delta = self.deltas.get(thread_id)
-        new = delta is None
-        if delta is None:
-            delta = self.deltas[thread_id] = ThreadDelta(thread_id, record[-1] // 1_000)
-            if not self.oldest_at:
-                self.oldest_at = record[-1]
-        elif not self.create_missing and not delta.ensures:
-            delta = self._follower(thread_id, delta, record)
+    def fold(self, record: Record) -> None:
+        """Add one call."""
+        self.fold_all((record,), _nothing, Counter())
+
+    def fold_all(self, records: Iterable[Record], on_new: Callable[[str], object], counts: Counter[str]) -> None:
+        """Add calls, in order.
+
+        Args:
+            records: each is in, whole, when the next one is asked for.
+            on_new: called with each thread that is new here, right after it is.
+            counts: what was added by kind is counted here, also when an exception comes in between.
+        """
+        deltas, simple, turns_added = self.deltas, self.create_missing, 0
+        get, slowly = deltas.get, self._fold_slowly
+        try:
+            for record in records:
+                row = get(record[0])
+                if len(record) != _TURN:
+                    slowly(record, row, on_new)
+                    counts[KINDS[len(record)]] += 1
+                    continue
+                thread_id, agent, tokens, cost, at = record
+                at //= 1_000
+                if type(cost) is float and -_EXACT_BELOW < cost < _EXACT_BELOW:
+                    units = round(cost * _FLOAT_UNITS)
+                    ordinary = units / _FLOAT_UNITS == cost
+                else:
+                    units = cost * _UNITS if (ordinary := type(cost) is int) else 0
+                if not ordinary:
+                    slowly(record, row, on_new)
+                elif row is None:
+                    deltas[thread_id] = (thread_id, 1, tokens, units, at, at, agent, 0, None)
+                    self.oldest_at = self.oldest_at or record[4]
+                    on_new(thread_id)
+                else:
+                    _, turns, total, paid, first, last, agents, ensures, rare = row
+                    # Another agent than the one before, or a turn that may find no row: not so common.
+                    if (agent != agents and agent is not None and agents is not None) or not (simple or ensures):
+                        slowly(record, row, on_new)
+                    else:
+                        deltas[thread_id] = (
+                            row[0],
+                            turns + 1,
+                            total + tokens,
+                            paid + units,
+                            min(first, at),
+                            at if last is None or at > last else last,
+                            agents or agent,
+                            ensures,
+                            rare,
+                        )
+                turns_added += 1
+        finally:
+            counts["record_turn"] += turns_added
+
+    def _fold_slowly(self, record: Record, row: Row | None, on_new: Callable[[str], object]) -> None:
+        thread_id, part = record[0], self.deltas
+        if row is not None and not (self.create_missing or row[7]):
+            followers = self.followers
+            if thread_id in followers or len(record) == _ENSURE:
+                part, row = followers, followers.get(thread_id)
+        delta = ThreadDelta(thread_id, record[-1] // 1_000) if row is None else unpacked(row, give=True)
         add(delta, record)
-        return new
-
-    def _follower(self, thread_id: str, delta: ThreadDelta, record: Record) -> ThreadDelta:
-        followers = self.followers
-        if thread_id not in followers and len(record) == _ENSURE:
-            followers[thread_id] = ThreadDelta(thread_id, record[-1] // 1_000)
-        return followers.get(thread_id, delta)
+        new = thread_id not in self.deltas
+        part[thread_id] = packed(delta, give=True)
+        if new:
+            self.oldest_at = self.oldest_at or record[-1]
+            on_new(thread_id)
 
     def put(self, delta: ThreadDelta, *, late: bool, more: bool = False) -> None:
         """Take in a sum that stands for the first calls of its thread; *late*: of the followers; *more*: its rest."""
         part = self.followers if late else self.deltas
         if more:
-            part[delta.thread_id].use(delta.agents)
+            known = unpacked(part[delta.thread_id], give=True)
+            known.use(delta.agents)
+            part[delta.thread_id] = packed(known, give=True)
             return
-        part[delta.thread_id] = delta
+        part[delta.thread_id] = packed(delta)
         self.oldest_at = min(self.oldest_at or delta.first_at * 1_000, delta.first_at * 1_000)
 
     def sums(self) -> Iterator[tuple[ThreadDelta, bool]]:
         """Yield every delta with whether it is a follower; `put` into an empty generation they give this one."""
-        for delta in self.deltas.values():
-            yield delta, False
-        for delta in self.followers.values():
-            yield delta, True
+        for row in self.deltas.values():
+            yield unpacked(row), False
+        for row in self.followers.values():
+            yield unpacked(row), True
 
-    def batches(self, size: int) -> Iterator[tuple[ThreadDelta, ...]]:
+    def batches(self, size: int) -> Iterator[Deltas]:
         """Yield the deltas in order, at most *size* at once and no thread twice in one of them."""
         for part in (self.deltas, self.followers):
-            deltas = iter(part.values())
-            while batch := tuple(islice(deltas, size)):
-                yield batch
+            rows = iter(part.values())
+            while batch := tuple(islice(rows, size)):
+                yield Deltas(batch)
 
-    def release(self, delta: ThreadDelta) -> None:
-        """Let go of a settled delta."""
-        thread_id = delta.thread_id
-        part = self.deltas if self.deltas.get(thread_id) is delta else self.followers
-        del part[thread_id]
+    def release(self, batch: Deltas) -> list[str]:
+        """Let go of a settled batch; return its threads."""
+        rows = batch.rows
+        # A batch is cut from one of the two.
+        part = self.deltas if self.deltas.get(rows[0][0]) is rows[0] else self.followers
+        threads = [row[0] for row in rows]
+        for thread_id in threads:
+            del part[thread_id]
+        return threads
+
+    def without(self, threads: list[str]) -> list[str]:
+        """Return those of *threads* of which there is nothing here."""
+        for part in (self.deltas, self.followers):
+            if part:
+                threads = [thread_id for thread_id in threads if thread_id not in part]
+        return threads
+
+
+def _nothing(_: str) -> None:
+    pass
 
 
 def add(delta: ThreadDelta, record: Record) -> None:

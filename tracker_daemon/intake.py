@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final
 
 from tracker_daemon.books import Totals
 from tracker_daemon.call_queue import CallQueue
-from tracker_daemon.generation import KINDS, Generation
+from tracker_daemon.generation import Generation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from tracker_daemon.call_queue import Calls
     from tracker_daemon.generation import Record
@@ -141,10 +141,14 @@ class Intake:
 
     # -- the worker's side -------------------------------------------------------------------------
 
-    def open_gate(self) -> None:
-        """Let calls in without asking, as far as the bounds allow."""
+    def open_gate(self, *, wide: bool = False) -> None:
+        """Let calls in without asking: a few, so that the next wakes the worker, or as many as the bounds allow.
+
+        Args:
+            wide: the worker is at work. To wake it would cost a call ten times as much as the call itself.
+        """
         with self.lock:
-            self._raise_gate(NUDGE)
+            self._raise_gate(self.max_queue_size if wide else NUDGE)
 
     def shut_gate(self) -> None:
         """Make the next call ask, which wakes the worker."""
@@ -192,7 +196,7 @@ class Intake:
 
     def _drain(self, limit: int, most: int) -> int:
         is_first = not self._window.deltas
-        count = self.queue.drain(self._fold, limit, self._window.deltas, most)
+        count = self.queue.drain(self._fold_all, limit, self._window.deltas, most)
         if is_first and count and (taken_at := self._taken_at()):
             self._window.oldest_at = taken_at
         self.folded += count
@@ -206,20 +210,20 @@ class Intake:
             return self._given[0][2]
         return 0
 
-    def _fold(self, record: Record) -> None:
-        if self._window.fold(record):
-            thread_id = record[0]
-            for generation in self._resident:
-                if thread_id in generation:
-                    break
-            else:
-                self._threads += 1
-                room = self.max_pending - self._threads
-                if self.gate > room and not self.queue.on_disk:
-                    self.gate = max(0, room)
-                    if self.forking:
-                        self.gate = 0
-        self._totals.folded[KINDS[len(record)]] += 1
+    def _fold_all(self, records: Iterable[Record]) -> None:
+        self._window.fold_all(records, self._count_in, self._totals.folded)
+
+    def _count_in(self, thread_id: str) -> None:
+        """Count a thread that is new in the open window."""
+        for generation in self._resident:
+            if thread_id in generation:
+                return
+        self._threads += 1
+        room = self.max_pending - self._threads
+        if self.gate > room and not self.queue.on_disk:
+            self.gate = max(0, room)
+            if self.forking:
+                self.gate = 0
 
     def _recount(self, resident: tuple[Generation, ...]) -> None:
         """Count anew what is in memory, after a window came or went; *resident* are the sealed ones."""

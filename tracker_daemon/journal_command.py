@@ -19,6 +19,7 @@ from tracker_daemon.options import DATABASE
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from uuid import UUID
 
     Setting = Callable[..., Callable[[Any], Any]]
     Check = Callable[[click.Context, click.Parameter, str], Any]
@@ -72,7 +73,15 @@ def group(
     @where(required=True, callback=database)
     @conversations
     @click.option("--skip-damage", is_flag=True, help="Pass over what is damaged; what is uncertain by it is left out.")
-    def recover(directory: Path, database: str, table: Table, *, skip_damage: bool) -> None:
+    @click.option(
+        "--again",
+        metavar="PRODUCER",
+        type=click.UUID,
+        multiple=True,
+        help="Apply all of a life whose row in the ledger is gone (a restored backup), as if none of it had been "
+        "applied. You have checked that: calls that are there are doubled.",
+    )
+    def recover(directory: Path, database: str, table: Table, *, skip_damage: bool, again: tuple[UUID, ...]) -> None:
         """Apply what is left in DIRECTORY (env var: TRACKER_JOURNAL), each call exactly once.
 
         No tracker may be at work there. Safe to interrupt and to repeat. Exits with 1 if something is left.
@@ -84,8 +93,8 @@ def group(
 
             from tracker_daemon import journal_operations as operations  # noqa: PLC0415
 
-            apply = partial(operations.recover, directory, database, table, skip_damage=skip_damage, tell=tell)
-            done = anyio.run(apply)
+            recover = partial(operations.recover, directory, database, table, tell=tell, again=again)
+            done = anyio.run(partial(recover, skip_damage=skip_damage))
         for text in operations.told_of(done):
             click.echo(text)
         for text in [*operations.warned_of(done), *(f"not applied: {text}" for text in done.faults)]:

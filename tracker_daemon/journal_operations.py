@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from tracker_daemon.backlog import Backlog
 from tracker_daemon.clock import SystemClock
@@ -13,20 +14,25 @@ from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
 from tracker_daemon.journal.inspection import Fault, LifeReport, Report, WindowReport, files_in, inspect
 from tracker_daemon.journal.journal import Journal
+from tracker_daemon.journal.lives import life_of
 from tracker_daemon.journal.repair import repair
 from tracker_daemon.journal.windows import Damage
 from tracker_daemon.operations import opened_session, running_conninfo
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
+from tracker_daemon.sink import LedgerMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
-    from uuid import UUID
 
     from tracker_daemon.operations import Table
 
 _RETAIN = 600.0
+_HOW_AGAIN = (
+    "if you have checked that the database has none of its calls that are still here, as after a restored backup: "
+    "--again {} applies all of them"
+)
 
 
 async def look(directory: Path, database: str | None, table: Table) -> Report:
@@ -62,12 +68,14 @@ class Recovered:
     """What became of one life, in calls.
 
     Attributes:
-        producer: whose it is.
+        producer: whose it is, as in the files' names.
         applied: now, by this command.
         found_applied: by the process itself, or an earlier recovery.
         pending: not applied; `fault` says why.
         left_out: that can be read, and may have been applied or not: damage hides which.
-        torn: bytes that a loss of power has spoilt.
+        torn: bytes that no fsync had covered, and that are no record.
+        in_ledger: the ledger has a row of it.
+        kept: windows that are applied and stay for a while.
         skipped: damage that was passed over.
         aside: the damaged files, under their new names.
     """
@@ -78,9 +86,21 @@ class Recovered:
     pending: int = 0
     left_out: int = 0
     torn: int = 0
+    in_ledger: bool = True
+    kept: int = 0
     skipped: list[Fault] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
     fault: str = ""
+
+    def take(self, was: LifeReport, now: LifeReport | None) -> None:
+        """Take in what was there before, and what is there now."""
+        self.pending = now.pending if now is not None else 0
+        self.applied = was.pending - self.pending
+        self.found_applied = sum(window.calls for window in was.windows) - was.pending
+        if now is not None and self.in_ledger:
+            self.kept = sum(1 for window in now.windows if window.pending == 0)
+        self.torn = sum(window.torn for window in was.windows) + sum(file.torn for file in was.other)
+        self.fault = was.fault
 
 
 @dataclass(slots=True)
@@ -93,15 +113,27 @@ class Recovery:
 
 
 async def recover(
-    directory: Path, database: str, table: Table, *, skip_damage: bool, tell: Callable[[str], object]
+    directory: Path,
+    database: str,
+    table: Table,
+    *,
+    skip_damage: bool,
+    tell: Callable[[str], object],
+    again: Collection[UUID] = (),
 ) -> Recovery:
     """Apply what is left in *directory*, which no tracker uses, exactly once through the ledger.
 
-    With *skip_damage* damaged windows are written anew with what can be read and is certain. *tell* is called with
-    what holds it up meanwhile.
+    Args:
+        directory: where it stands.
+        database: where it goes.
+        table: of the conversations there.
+        skip_damage: write damaged windows anew with what can be read and is certain.
+        tell: called with what is done, or holds it up, meanwhile.
+        again: producers whose row the ledger does not have: all of theirs is applied, as if none of it had been.
 
     Raises:
-        JournalError: the directory is in use, or is none.
+        JournalError: the directory is in use, or is none; or it has nothing of one of *again*, or the ledger has its
+            row.
     """
     _check(directory)
     async with running_conninfo(database) as conninfo:
@@ -110,53 +142,100 @@ async def recover(
         )
         try:
             journal.adopt()
-            return await _recover(journal, conninfo, table, skip_damage=skip_damage, tell=tell)
+            return await _recover(journal, conninfo, table, skip_damage=skip_damage, tell=tell, again=again)
         finally:
             journal.end()
 
 
 async def _recover(
-    journal: Journal, conninfo: str, table: Table, *, skip_damage: bool, tell: Callable[[str], object]
+    journal: Journal,
+    conninfo: str,
+    table: Table,
+    *,
+    skip_damage: bool,
+    tell: Callable[[str], object],
+    again: Collection[UUID],
 ) -> Recovery:
     positions = await _positions(conninfo, table, journal.left)
-    lives = {producer: Recovered(str(producer)) for producer in journal.left}
+    _check_again(journal, again, positions)
+    lives = {producer: Recovered(producer.hex) for producer in journal.left}
     faults: list[str] = []
     if skip_damage:
-        for producer, paths in journal.left.items():
-            try:
-                done = repair(producer, paths, positions[producer] or 0)
-            except (Damage, OSError) as error:
-                faults.append(f"what {producer} left cannot be repaired: {error}")
-            else:
-                life = lives[producer]
-                life.skipped, life.left_out, life.aside = done.skipped, done.left_out, done.aside
-        journal.look_again()
-    before = {life.producer: life for life in inspect(journal.base, positions).lives}
+        _repair(journal, lives, positions, faults)
     backlog = Backlog(max_queue_size=1, max_pending=1, max_batch_size=1, create_missing=True, journal=journal)
     sink = PostgresSink(Connector(conninfo), table)
 
     def on_error(error: BaseException) -> None:
         if isinstance(error, JournalError):
             faults.append(str(error))
+            if isinstance(error.__cause__, LedgerMissing):
+                faults.append(_HOW_AGAIN.format(UUID(error.__cause__.producer).hex))
         else:
             tell(f"{error}; trying again")
 
     try:
+        for producer in again:
+            positions[producer] = await _register(journal, producer, sink, tell)
+        before = {life.producer: life for life in inspect(journal.base, positions).lives}
         await Flusher(backlog, sink, SystemClock(), FlushNumbers(), on_error, journal).recover()
     finally:
         await sink.aclose(journal.producer, journal.lane, clean=False)  # the ledger's rows stay as they are
-    after = {life.producer: life for life in inspect(journal.base, await _positions(conninfo, table, lives)).lives}
+    positions = await _positions(conninfo, table, lives)
+    after = {life.producer: life for life in inspect(journal.base, positions).lives}
     for producer, life in lives.items():
+        life.in_ledger = positions[producer] is not None
         if (was := before.get(producer.hex)) is not None:
-            now = after.get(producer.hex)
-            life.pending = now.pending if now is not None else 0
-            life.applied = was.pending - life.pending
-            life.found_applied = sum(window.calls for window in was.windows) - was.pending
-            life.torn = sum(window.torn for window in was.windows) + sum(file.torn for file in was.other)
-            life.fault = was.fault
+            life.take(was, after.get(producer.hex))
     if faults and not skip_damage and any(life.damage for life in after.values()):
         faults.append("to apply what can be read and is certain, and pass over the rest, add --skip-damage")
-    return Recovery(list(lives.values()), faults, sum(backlog.books().dead_lettered.values()))
+    order = {name: number for number, name in enumerate(before)}  # the oldest first, as `inspect` has them
+    told = sorted(lives.values(), key=lambda life: order.get(life.producer, len(order)))
+    return Recovery(told, faults, sum(backlog.books().dead_lettered.values()))
+
+
+def _repair(
+    journal: Journal, lives: Mapping[UUID, Recovered], positions: Mapping[UUID, int | None], faults: list[str]
+) -> None:
+    for producer, paths in journal.left.items():
+        try:
+            done = repair(producer, paths, positions[producer] or 0)
+        except (Damage, OSError) as error:
+            faults.append(f"what {producer.hex} left cannot be repaired: {error}")
+        else:
+            life = lives[producer]
+            life.skipped, life.left_out, life.aside = done.skipped, done.left_out, done.aside
+    journal.look_again()
+
+
+def _check_again(journal: Journal, again: Collection[UUID], positions: Mapping[UUID, int | None]) -> None:
+    for producer in again:
+        if producer not in journal.left:
+            raise JournalError(f"journal {journal.base} has nothing of producer {producer.hex}: see `journal inspect`")
+        if (position := positions[producer]) is not None:
+            raise JournalError(
+                f"the ledger has producer {producer.hex}, at sequence {position}: what it does not have is applied "
+                "without --again, exactly once"
+            )
+
+
+async def _register(journal: Journal, producer: UUID, sink: PostgresSink, tell: Callable[[str], object]) -> int | None:
+    """Give a producer a row in the ledger again, right before the first window that is here; return the sequence.
+
+    From then on it is a life like any other: killed at any point, a recovery goes on from there.
+    """
+    try:
+        life = life_of(producer, journal.left[producer])
+    except (Damage, OSError):
+        return None  # it is not registered, and told with the rest
+    if not life.windows:
+        return None
+    after = life.windows[0].first - 1
+    await sink.open(producer, life.lane, after=after)
+    tell(
+        f"life {producer.hex}: registered anew at sequence {after}; all that its {len(life.windows)} windows hold is "
+        "applied, as if none of it had been"
+    )
+    return after
 
 
 # -- what is printed -------------------------------------------------------------------------------
@@ -169,9 +248,8 @@ def as_values(report: Report) -> list[dict[str, Any]]:
         windows = list(life.windows)
         if life.other:
             windows.append(WindowReport(None, None, False, life.other))
-        of_life = {
-            name: getattr(life, name) for name in ("producer", "lane", "epoch", "begun_at", "directory", "ledger")
-        }
+        of_life = {name: getattr(life, name) for name in ("producer", "lane", "epoch", "directory", "ledger")}
+        of_life["begun_at"] = _instant(life.begun_at).isoformat() if life.begun_at else None
         for window in windows:
             sums = {"bytes": window.bytes, "torn": window.torn}
             damage = [asdict(fault) for fault in window.damage] or None
@@ -190,13 +268,26 @@ def as_lines(report: Report) -> list[str]:
     """Return *report* as a table."""
     state = f"in use by process {report.holder}" if report.holder else "not in use"
     lines = [f"journal {report.directory}: {state}"]
+    windows = [window for life in report.lives for window in life.windows]
+    if any(window.pending is None for window in windows):
+        lines.append("pending is ? because the ledger was not asked: give --database URL")
+    if any(_is_applied(window) for window in windows):
+        lines.append("what is applied is kept for journal_retain, in case the database forgets it")
     for life in report.lives:
         lines += ["", *_life_lines(life)]
     return lines if report.lives else [*lines, "nothing is left in it"]
 
 
+def _instant(nanoseconds: int) -> datetime:
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC)
+
+
+def _is_applied(window: WindowReport) -> bool:
+    return window.pending == 0 and window.calls > 0
+
+
 def _life_lines(life: LifeReport) -> list[str]:
-    begun = datetime.fromtimestamp(life.begun_at / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if life.begun_at else "?"
+    begun = _instant(life.begun_at).strftime("%Y-%m-%d %H:%M:%SZ") if life.begun_at else "?"
     where = "" if life.ledger is None else f", ledger at {life.ledger}"
     rows: list[tuple[str, ...]] = [("sequences", "state", "files", "bytes", "calls", "pending", "torn")]
     rows += [_row(window) for window in life.windows]
@@ -219,9 +310,10 @@ def _row(window: WindowReport) -> tuple[str, ...]:
     pending = "?" if window.pending is None else str(window.pending)
     last = "" if window.last is None else str(window.last)
     numbers = (len(window.files), window.bytes, window.calls)
+    state = "applied" if _is_applied(window) else "sealed" if window.sealed else "open"
     return (
         f"{window.first}-{last}",
-        "damaged" if window.damage else "sealed" if window.sealed else "open",
+        "damaged" if window.damage else state,
         *map(str, numbers),
         pending,
         str(window.torn),
@@ -232,13 +324,22 @@ def told_of(recovery: Recovery) -> list[str]:
     """Return what `recover` did, a sentence each."""
     lines = []
     for life in recovery.lives:
-        lines.append(f"life {life.producer}: applied {life.applied} calls, found {life.found_applied} applied")
+        found = "were already in the database" if life.in_ledger else "are noted as applied, the ledger has no row"
+        lines.append(f"life {life.producer}: applied {life.applied} calls, {life.found_applied} {found}")
         if life.torn:
-            lines.append(f"  {life.torn} bytes were torn: calls in the middle of which the power went")
+            lines.append(
+                f"  passed over {life.torn} bytes that no fsync had covered and that are no record: what a loss of "
+                "power, or a kill in the middle of a write, leaves"
+            )
         if life.pending:
             lines.append(f"  {life.pending} calls are not applied")
     if recovery.dead_lettered:
         lines.append(f"{recovery.dead_lettered} calls became dead letters: see `tracker-daemon dead-letters list`")
+    if kept := sum(life.kept for life in recovery.lives):
+        lines.append(
+            f"{kept} windows that are applied stay there for journal_retain, in case the database forgets them; "
+            "the next tracker deletes them then"
+        )
     return lines or ["nothing is left to apply"]
 
 

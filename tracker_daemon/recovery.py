@@ -44,6 +44,7 @@ class Recovery(Applier):
                     f"what an earlier process left in {journal.directory} is not applied: {cause}. It stays there; "
                     "see `tracker-daemon journal inspect`"
                 )
+                told.__cause__ = cause
                 self._tell(told, "journal_set_aside", level="error", always=True)
         self._numbers.fenced = False
         # What the database forgets before this life is registered there, its own ledger cannot show.
@@ -57,7 +58,8 @@ class Recovery(Applier):
             return
         # A window is noted as applied only once the ledger has registered its life.
         epoch = life.epoch or int(any(window.applied_at for window in life.windows))
-        known = Opened(epoch, 0) if epoch else None
+        # What stood before the first window that is left was applied.
+        known = Opened(epoch, life.windows[0].first - 1, life.database) if epoch else None
         if known is not None:
             self._acknowledged[producer] = known
         try:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from tracker_daemon.delta import calls_of
+
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.delta import Deltas
     from tracker_daemon.generation import Generation
     from tracker_daemon.journal.records import Header
     from tracker_daemon.journal.windows import Window
@@ -30,11 +32,11 @@ class Sealed:
     settled: int = 0
     header: Header | None = None
     """Of its first file, or of what would have been one."""
-    batches: deque[tuple[ThreadDelta, ...]] = field(default_factory=deque)
+    batches: deque[Deltas] = field(default_factory=deque)
 
     @property
     def calls(self) -> int:
         """Not settled yet."""
         if self.generation is None:
             return self.stored.calls if self.stored is not None else 0
-        return sum(delta.calls for delta in chain(*self.batches))
+        return sum(map(calls_of, chain.from_iterable(batch.rows for batch in self.batches)))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Setting = Callable[..., Callable[[Any], Any]]
     Check = Callable[[click.Context, click.Parameter, str], Any]
 
-_LEVELS = ("debug", "info", "warning", "error")
+LEVELS = ("debug", "info", "warning", "error")
 
 
 def commands(
@@ -32,7 +32,8 @@ def commands(
     return [_serve(setting, one_line, database, table), _health(setting, one_line)]
 
 
-def _listens(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Listen, ...]:
+def listens(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Listen, ...]:
+    """Return the addresses in *values*, or the default's."""
     from tracker_daemon.daemon.options import DEFAULT_SOCKET, listen  # noqa: PLC0415
     from tracker_daemon.errors import ConfigError  # noqa: PLC0415
 
@@ -45,7 +46,8 @@ def _listens(context: click.Context, parameter: click.Parameter, values: tuple[s
     return tuple(found)
 
 
-def _octal(context: click.Context, parameter: click.Parameter, value: str) -> int:
+def octal(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Return the mode in *value*."""
     try:
         mode = int(value, 8)
     except ValueError:
@@ -63,12 +65,12 @@ def _serve(
         setting(
             "--listen",
             multiple=True,
-            callback=_listens,
+            callback=listens,
             metavar="ADDRESS",
             help="unix:PATH or HOST:PORT; may be repeated.  [default: unix:/run/tracker-daemon/tracker.sock]",
         ),
         setting("--token-file", type=click.Path(path_type=Path), help="Its first line is the bearer token for /v1/."),
-        setting("--socket-mode", default="660", callback=_octal, help="Of Unix sockets, octal."),
+        setting("--socket-mode", default="660", callback=octal, help="Of Unix sockets, octal."),
         setting("--socket-group", help="Of Unix sockets: the workers' group."),
         setting("--table", default="conversations", callback=table, help="The conversations; may be schema.name."),
         setting("--journal", type=click.Path(path_type=Path), metavar="DIR", help="Keeps calls through a crash."),
@@ -92,7 +94,7 @@ def _serve(
             default=20.0,
             help="Seconds for a head, or an answer to be read.",
         ),
-        setting("--log-level", type=click.Choice(_LEVELS), default="info", help="The least that is logged."),
+        setting("--log-level", type=click.Choice(LEVELS), default="info", help="The least that is logged."),
         setting("--log-level-file", type=click.Path(path_type=Path), help="Holds the level; read again at SIGHUP."),
         setting("--log-format", type=click.Choice(("text", "json")), default="text", help="Of the log, on stderr."),
         click.option("--check-config", is_flag=True, help="Check the settings, change nothing, and exit."),
@@ -132,7 +134,7 @@ def _health(setting: Setting, one_line: Callable[[], AbstractContextManager[None
     @setting(
         "--listen",
         multiple=True,
-        callback=_listens,
+        callback=listens,
         metavar="ADDRESS",
         help="Where the daemon is; the first counts.  [default: unix:/run/tracker-daemon/tracker.sock]",
     )

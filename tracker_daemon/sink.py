@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args,
 from tracker_daemon.errors import TrackerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from uuid import UUID
 
     from tracker_daemon.batch import Batch
@@ -53,9 +54,9 @@ class LedgerMissing(TrackerError):  # noqa: N818 - says what is the case
 
     def __str__(self) -> str:
         return (
-            f"the ledger row of producer {self.producer} lane {self.lane} is gone: tracker_ledger was truncated, or "
-            "the database was replaced by one without it. Nothing more of this producer is written: whether "
-            "the batch in hand was applied cannot be known"
+            f"the ledger row of producer {self.producer} lane {self.lane} is gone: tracker_ledger was truncated, the "
+            "database was replaced by one without it, or a month has passed without a sign of life. Nothing more of this "
+            "producer is written: whether the batch in hand was applied cannot be known"
         )
 
 
@@ -152,3 +153,14 @@ class Recalls(Protocol):
     async def recall(self, batch: Batch) -> Applied:
         """Return *batch* as a duplicate, with its dead letters; write nothing. The ledger stands at it, or after it."""
         ...
+
+
+@runtime_checkable
+class Looks(Protocol):
+    """What a sink may offer beside the port: to tell a bad row from a table at fault by what comes later.
+
+    Attributes:
+        following: returns a few deltas that wait behind a batch, for trying alone; set by whoever applies batches.
+    """
+
+    following: Callable[[Batch], Sequence[ThreadDelta]]

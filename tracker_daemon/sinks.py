@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tracker_daemon.settings import Settings
 
 _DAEMON = ("http", "https", "unix")
-_LATER = ("nats",)
+_STREAM = ("nats", "tls")
+_SOCKET_PATH = 107
 
 
 def sink_factory(sink: Any, settings: Settings) -> Callable[[], Sink]:
@@ -43,12 +44,13 @@ def _from_url(url: str, settings: Settings) -> Callable[[], Sink]:
         return _embedded(Path(rest), settings)
     if colon and scheme in _DAEMON:
         return _from_daemon(url, scheme, rest)
-    if colon and scheme in _LATER:
-        raise ConfigError("sink", f"has the scheme {scheme}:, which this version does not speak", url)
+    if colon and scheme in _STREAM:
+        return _stream(url)
     if not (colon and scheme in ("postgresql", "postgres")) and "=" not in url:
         # The value is not shown: it may be a URL with a password and a typing error.
         raise ConfigError(
-            "sink", "must begin with postgresql:, embedded:, http:, https: or unix:, or be a key=value conninfo"
+            "sink",
+            "must begin with postgresql:, embedded:, http:, https:, unix:, nats: or tls:, or be a key=value conninfo",
         )
     try:
         from tracker_daemon.postgres.connection import Connector  # noqa: PLC0415 - a MemorySink needs no libpq
@@ -66,6 +68,8 @@ def _from_daemon(url: str, scheme: str, rest: str) -> Callable[[], Sink]:
     if scheme == "unix":
         if not where:
             raise ConfigError("sink", "must name a socket's path after unix:", url)
+        if len(os.fsencode(where)) > _SOCKET_PATH:
+            raise ConfigError("sink", f"must have a socket path of at most {_SOCKET_PATH} bytes", url)
     else:
         parts = urlsplit(where)
         if not parts.hostname or parts.username or parts.path.strip("/") or parts.fragment:
@@ -82,6 +86,17 @@ def _from_daemon(url: str, scheme: str, rest: str) -> Callable[[], Sink]:
     return lambda: HttpSink(where, socket=None, token=token)
 
 
+def _stream(url: str) -> Callable[[], Sink]:
+    from tracker_daemon.stream.address import address  # noqa: PLC0415
+
+    found = address(url, "sink")
+    try:
+        from tracker_daemon.stream.sink import NatsSink  # noqa: PLC0415 - only who has a stream needs it
+    except ImportError as error:
+        raise ConfigError("sink", "needs an extra: pip install '.[nats]' in a checkout") from error
+    return lambda: NatsSink(found)
+
+
 def _token(file: str) -> Callable[[], str | None]:
     if not file:
         return lambda: os.environ.get("TRACKER_TOKEN")
@@ -89,7 +104,7 @@ def _token(file: str) -> Callable[[], str | None]:
     def read() -> str:
         # At every request: the token may be replaced while the server runs.
         try:
-            return Path(file).read_text(encoding="ascii").strip().partition("\n")[0].strip()
+            return Path(file).read_text(encoding="ascii").partition("\n")[0].strip()
         except (OSError, UnicodeDecodeError) as error:
             raise SinkFault("auth", f"the token's file cannot be read: {error}") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
@@ -13,8 +12,9 @@ from prometheus_client.registry import REGISTRY
 
 from tracker_daemon import exits, host
 from tracker_daemon.backlog import Backlog
+from tracker_daemon.books import TrackerStats
 from tracker_daemon.clock import SystemClock
-from tracker_daemon.collector import Account, Reading, collector_of
+from tracker_daemon.collector import Account, collector_of
 from tracker_daemon.errors import FlushTimeout, TrackerClosed, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tracker_daemon.books import DrainReport
     from tracker_daemon.clock import Clock
     from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.readings import Reading
     from tracker_daemon.sink import Sink
 
 # How much longer than its deadline a caller of `close` waits for the worker's answer, seconds.
@@ -43,29 +44,6 @@ _GRACE = 1.0
 
 # What a fork's child must not touch nor let a destructor touch: connections and loops that are the parent's.
 _inherited: list[object] = []
-
-
-@dataclass(frozen=True, slots=True)
-class TrackerStats:
-    """Calls, at one instant: `accepted == applied + dead_lettered + lost + pending`, exactly.
-
-    Attributes:
-        accepted: taken; `True` was returned.
-        applied: committed (or skipped, with `create_missing=False`).
-        dead_lettered: in deltas that the database will never take; kept in `tracker_dead_letters`.
-        lost: taken and not kept: a shutdown deadline passed.
-        pending: taken and on their way.
-        rejected: never taken: invalid, full or closed.
-        rows_skipped: not calls but rows: threads of a flush that had none, with `create_missing=False`.
-    """
-
-    accepted: int
-    applied: int
-    dead_lettered: int
-    lost: int
-    pending: int
-    rejected: int
-    rows_skipped: int = 0
 
 
 @final

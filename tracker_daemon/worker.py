@@ -26,6 +26,7 @@ import anyio.lowlevel
 
 from tracker_daemon.barriers import Barriers
 from tracker_daemon.books import DrainReport
+from tracker_daemon.breath import Breath
 from tracker_daemon.late_executor import LateExecutor
 from tracker_daemon.logs import get_logger
 from tracker_daemon.mending import Mender
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
     from tracker_daemon.flusher import Flusher
     from tracker_daemon.journal.journal import Journal
 
-CHUNK: Final = 1_000
-_BREATH: Final = 0.000_5
+# Calls folded at once.
+_CHUNK: Final = 250
+_LARGEST_CHUNK: Final = 20_000
+_WHILE: Final = 0.001
 # A caller may be suspended between looking at the gate and appending. Its call is found by these second looks
 # before the worker sleeps for good; one that stays suspended for longer is found by the next call, flush or close.
 _SECOND_LOOKS: Final = (0.005, 0.5, 0.5)
@@ -87,6 +90,7 @@ class Worker:
                 import_module(module)
         self._backlog, self._make_flusher, self._clock = backlog, make_flusher, clock
         self._on_start, self._journal = on_start, journal
+        self._breath = Breath(_CHUNK, _LARGEST_CHUNK)
         self._synced_at = 0.0
         self._syncing = False
         self._flush_interval = flush_interval
@@ -257,9 +261,8 @@ class Worker:
             now = self._clock.monotonic()
             if idle_looks:
                 seen_empty = now
-            # Grown with the backlog: beside a busy host each chunk waits for the interpreter's switch interval.
-            drained = backlog.drain(max(CHUNK, len(backlog.queue) // 16))
-            backlog.open_gate()
+            drained = backlog.drain(self._breath.size)
+            backlog.open_gate(wide=bool(backlog.queue))
             if self.halted is not None:
                 backlog.close()  # what will never be written is not accepted
             self._barriers.release(everyone=self.halted is not None)
@@ -267,7 +270,11 @@ class Worker:
             if self._journal is not None:
                 self._keep(self._journal, now, tasks)
             if backlog.queue:
-                await anyio.sleep(_BREATH)
+                if len(backlog.queue) >= self._breath.size:
+                    self._breath.take()
+                    await anyio.lowlevel.checkpoint()
+                else:  # what comes in slowly is gathered for a while, not fetched one by one
+                    await anyio.sleep(_WHILE)
                 continue
             if backlog.window_threads == 0:
                 seen_empty = now

@@ -303,6 +303,58 @@ def _journal() -> list[TimeSeries]:
     ]
 
 
+_STREAM_AGE = (
+    "time() - (tracker_stream_oldest_unapplied_timestamp_seconds{WHO} > 0)"
+    " or tracker_stream_oldest_unapplied_timestamp_seconds{WHO}"
+)
+
+
+def _stream() -> list[TimeSeries]:
+    return [
+        _chart(
+            "Behind in the stream",
+            "s",
+            "How long the oldest message waits that is not applied, by partition.",
+            (_STREAM_AGE, "partition {{partition}} {{instance}}"),
+        ),
+        _chart(
+            "Messages not applied",
+            "short",
+            "By partition, and how many are applied a second.",
+            ("tracker_stream_lag_messages{WHO}", "partition {{partition}} {{instance}}"),
+            ("rate(tracker_stream_position{WHO}[$__rate_interval])", "applied a second: {{partition}} {{instance}}"),
+        ),
+        _chart(
+            "How full the stream is",
+            "percentunit",
+            "Of max_bytes; at 1 publishers wait. From a half on what is applied is purged at once.",
+            (
+                "tracker_stream_bytes{WHO} / (tracker_stream_max_bytes{WHO} > 0)",
+                "partition {{partition}} {{instance}}",
+            ),
+        ),
+        _chart(
+            "Who reads",
+            "short",
+            "Partitions read by each consumer, of all; those that do not go on; consumers that share them.",
+            ("sum by (instance) (tracker_stream_partition_owned{WHO})", "read by {{instance}}"),
+            ("sum by (instance) (tracker_stream_partition_faulty{WHO})", "held at {{instance}}"),
+            ("max(tracker_stream_partitions{WHO})", "partitions"),
+            ("max(tracker_stream_consumers{WHO})", "consumers"),
+        ),
+        _chart(
+            "Through the stream",
+            "ops",
+            "Deltas in messages before they are summed, and messages; duplicates were published twice, unreadable ones "
+            "are dead letters.",
+            ("sum(rate(tracker_stream_deltas_total{WHO}[$__rate_interval]))", "deltas"),
+            ("sum(rate(tracker_stream_messages_total{WHO}[$__rate_interval]))", "messages"),
+            ("sum(rate(tracker_stream_duplicates_total{WHO}[$__rate_interval]))", "duplicates"),
+            ("sum(rate(tracker_stream_unreadable_total{WHO}[$__rate_interval]))", "unreadable"),
+        ),
+    ]
+
+
 def _process() -> list[TimeSeries]:
     return [
         _chart(
@@ -346,6 +398,7 @@ def dashboard() -> str:
         ("Waiting", _queue()),
         ("Flush", _flush()),
         ("Journal", _journal()),
+        ("Stream", _stream()),
         ("Process", _process()),
     ):
         board = board.with_row(builders.Row(title).id(next(numbers)))

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tracker_daemon.books import Books
-from tracker_daemon.collector import Reading
 from tracker_daemon.daemon.history import Columns, History, Sample, quantile
 from tracker_daemon.flush_numbers import SECONDS, FlushNumbers
+from tracker_daemon.readings import Reading
 
 PROPERTY = settings(deadline=None, database=None)
 NOW = 1_700_000_000.0

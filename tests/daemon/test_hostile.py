@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import resource
 import select
+import signal
 import socket
 import threading
 from contextlib import closing, suppress
@@ -172,7 +173,7 @@ def test_half_closed(daemon: Daemon, requests: int) -> None:
         blocker.rollback()
         answer = read_all(client)
     FINE.extend([200] * requests)  # turns of the module's count
-    assert answer.count(b"HTTP/1.1 200 ") == answer.count(b'{"accepted":1}') == requests
+    assert answer.count(b"HTTP/1.1 200 ") == answer.count(b'{"accepted":1}\n') == requests
 
 
 def test_a_client_that_never_reads(daemon: Daemon) -> None:
@@ -224,7 +225,7 @@ async def _all_at_once(daemon: Daemon, number: int) -> None:
             writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(TURN) + TURN)
             head = await reader.readuntil(b"\r\n\r\n")
             served += status_of(head) == 202
-            await reader.readexactly(len(b'{"accepted":1}'))
+            await reader.readexactly(len(b'{"accepted":1}\n'))
         writer.close()
         await writer.wait_closed()
         return served
@@ -248,12 +249,46 @@ def test_idle_connections_make_room(database: str) -> None:
                 for _ in range(3):
                     other.request("POST", "/v1/calls", TURN)
                     reply = other.getresponse()
-                    assert (reply.status, reply.read()) == (202, b'{"accepted":1}')
+                    assert (reply.status, reply.read()) == (202, b'{"accepted":1}\n')
             assert daemon.get("/readyz").status == 200
             daemon.says("connections_full")
         finally:
             for client in held:
                 client.close()
+
+
+def test_a_request_that_waits_to_be_read_is_not_idle(database: str) -> None:
+    """What makes room is the connection that is idle for longest: one with a request in the kernel is answered first."""
+    with refusing_port() as port:
+        pass
+    where = ("127.0.0.1", port)
+    with serving(database, "--max-connections", "9", "--listen", f"127.0.0.1:{port}") as daemon:
+
+        def connect() -> socket.socket:
+            return socket.create_connection(where, PATIENCE, ("127.0.0.2", 0))
+
+        def answered(client: socket.socket) -> int:
+            answer = b""
+            while not answer.endswith(b"}\n") and (part := client.recv(65_536)):
+                answer += part
+            return status_of(answer)
+
+        held = [connect() for _ in range(4)]
+        for each in (held[3], *held[:3]):
+            each.sendall(b"GET /livez HTTP/1.1\r\nHost: d\r\n\r\n")
+            assert answered(each) == 200
+        # Stopped, the daemon finds the requests of the three and what is new in one turn of its loop.
+        daemon.signal(signal.SIGSTOP)
+        new = connect()
+        for each in held[:3]:
+            each.sendall(b"GET /livez HTTP/1.1\r\nHost: d\r\n\r\n")
+        daemon.signal(signal.SIGCONT)
+        assert [answered(each) for each in held[:3]] == [200] * 3
+        new.sendall(b"GET /livez HTTP/1.1\r\nHost: d\r\n\r\n")
+        assert answered(new) == 200
+        assert held[3].recv(1) == b""  # the one that was used first, though it was opened last
+        for each in (*held, new):
+            each.close()
 
 
 def test_too_many_connections(database: str) -> None:

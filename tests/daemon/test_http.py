@@ -75,15 +75,40 @@ def test_idempotent_across_a_restart(daemon: Daemon) -> None:
     headers = {"Tracker-Producer": str(uuid4())}
     for sequence, duplicate in ((5, False), (5, True), (4, True), (9, False)):
         reply = daemon.post(TURN * 2, headers={**headers, "Tracker-Sequence": str(sequence)})
-        assert (reply.status, reply.json) == (202, {"accepted": 2, "duplicate": duplicate})
+        assert (reply.status, reply.json) == (202, {"accepted": 2, "duplicate": duplicate, "dead_lettered": 0})
     assert totals(daemon.database).turns == 4
     assert daemon.stop() == 0
     daemon.start()
     for sequence, duplicate in ((9, True), (5, True), (10, False)):
         reply = daemon.post(TURN, wait=True, headers={**headers, "Tracker-Sequence": str(sequence)})
-        assert (reply.status, reply.json) == (200, {"accepted": 1, "duplicate": duplicate})
-    assert daemon.post("", headers={**headers, "Tracker-Sequence": "11"}).json == {"accepted": 0, "duplicate": False}
+        assert (reply.status, reply.json) == (200, {"accepted": 1, "duplicate": duplicate, "dead_lettered": 0})
+    assert daemon.post("", headers={**headers, "Tracker-Sequence": "11"}).json == {
+        "accepted": 0,
+        "duplicate": False,
+        "dead_lettered": 0,
+    }
     assert totals(daemon.database).turns == 5
+
+
+def test_dead_letters_are_told(daemon: Daemon) -> None:
+    """A producer's request whose calls the table refuses says how many are set aside, also when it comes again."""
+    with psycopg.connect(daemon.database, autocommit=True) as connection:
+        connection.execute("ALTER TABLE conversations ADD CHECK (thread_id <> 'refused')")
+    headers = {"Tracker-Producer": str(uuid4()), "Tracker-Sequence": "1"}
+    for duplicate in (False, True):
+        reply = daemon.post(TURN + turn("refused") * 2, wait=True, headers=headers)
+        assert (reply.status, reply.json) == (200, {"accepted": 3, "duplicate": duplicate, "dead_lettered": 2})
+    assert totals(daemon.database).turns == 1
+
+
+def test_every_json_body_is_a_line(daemon: Daemon) -> None:
+    """Whatever is answered in JSON ends with a newline, errors too."""
+    replies = [daemon.get(path) for path in ("/livez", "/readyz", "/status.json", "/nothing")]
+    replies += [daemon.post(TURN), daemon.post("{"), daemon.post(TURN, headers={"Tracker-Producer": "x"})]
+    assert [reply.status for reply in replies] == [200, 200, 200, 404, 202, 400, 400]
+    for reply in replies:
+        assert reply.body.endswith(b"}\n")
+        assert reply.body.count(b"\n") == 1
 
 
 def test_headers_that_name_nothing(daemon: Daemon) -> None:
@@ -175,7 +200,7 @@ def test_ready_when_the_database_is(daemon: Daemon, database: str, postgres: Emb
     finally:
         allow(allowed=True)
     wait_until(lambda: daemon.get("/readyz").status == 200, "ready")
-    assert daemon.post(TURN, headers=headers).json == {"accepted": 1, "duplicate": False}
+    assert daemon.post(TURN, headers=headers).json == {"accepted": 1, "duplicate": False, "dead_lettered": 0}
     daemon.post("", wait=True)
     assert totals(database).turns == 2
 

@@ -18,6 +18,7 @@ import pytest
 
 from tests.daemon.harness import ROOT, Daemon, serving, socket_folder, turn
 from tests.helpers import PATIENCE, refusing_port, totals, wait_until
+from tracker_daemon.daemon.serve import _place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,12 +62,15 @@ def test_what_is_wrong_is_said_first(folder: Path) -> None:
     socket_there = f"unix:{folder}/s"
     short = folder / "token"
     short.write_text("short\n")
+    second = folder / "second"
+    second.write_text(f"\n{TOKEN}\n")
     for options, words in (
         (["--listen", "0.0.0.0:0"], "--token-file"),
         (["--listen", "[::]:0"], "--token-file"),
         (["--listen", "nonsense"], "(env var: 'TRACKER_LISTEN'): must be unix:PATH or HOST:PORT, got 'nonsense'"),
         (["--listen", socket_there, "--token-file", str(folder / "none")], "token_file cannot be read"),
         (["--listen", socket_there, "--token-file", str(short)], "at least 16"),
+        (["--listen", socket_there, "--token-file", str(second)], "in its first line"),
         (["--listen", socket_there, "--socket-group", "no-such-group"], "socket_group"),
         (["--listen", socket_there, "--flush-interval", "-1"], "flush_interval"),
         (["--listen", socket_there, "--socket-mode", "999"], "octal"),
@@ -80,10 +84,22 @@ def test_what_is_wrong_is_said_first(folder: Path) -> None:
             said = refused(*options, *check)
             assert words in said, said
     assert "is no directory" in refused("--listen", socket_there, "--journal", str(short), "--check-config")
+    # Root may write anywhere by the rights that /proc shows, and cannot.
+    assert "/proc cannot be written" in refused("--listen", socket_there, "--journal", "/proc/x", "--check-config")
     good = tracker_daemon("serve", "--database", "postgresql:///none", "--listen", socket_there, "--check-config")
     assert (good.returncode, good.stdout) == (0, GOOD)
     assert not (folder / "s").exists()
     assert "TRACKER_LISTNE" in refused("--listen", socket_there, TRACKER_LISTNE="unix:x")
+
+
+def test_the_page_names_the_database_without_credentials() -> None:
+    """Host, port and name are shown; user, password and whatever else the URL holds are not."""
+    for given, shown in (
+        ("postgresql://me:secret@db.example:6000/chat?sslpassword=hidden", "db.example, port 6000, database chat"),
+        ("host=db.example dbname=chat user=me password=secret", "db.example, port 5432, database chat"),
+        ("embedded:/var/lib/chat", "embedded:/var/lib/chat"),
+    ):
+        assert _place(given) == shown
 
 
 def test_the_file_of_the_socket(database: str, folder: Path) -> None:

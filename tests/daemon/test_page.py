@@ -15,9 +15,9 @@ import pytest
 import tracker_daemon.daemon
 from tests.daemon.chromium import CHROMIUM, Chromium
 from tracker_daemon.books import Books
-from tracker_daemon.collector import Reading
 from tracker_daemon.daemon.history import History
 from tracker_daemon.flush_numbers import FlushNumbers
+from tracker_daemon.readings import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,12 +60,14 @@ class Daemon:
                 "producer": "5f0c1c1e-7a58-4b59-9a3e-0f3f8f2f7f10",
                 "epoch": 7,
                 "sequence": 1_122_480,
+                "relayed": 8_192,
                 "regressions": 0,
                 "fenced": False,
             },
             "journal": {"directory": "/var/lib/journal", "bytes": 13_421_773, "segments": 2, "degraded": False},
             "clients": 9,
             "errors": [],
+            "stream": None,
             "config": {
                 "flush_interval": 0.25,
                 "max_pending": 2_000,
@@ -277,6 +279,7 @@ def test_numbers_and_states(browser: Chromium, daemon: Daemon) -> None:
             "producer": "5f0c1c1e-7a58-4b59-9a3e-0f3f8f2f7f10",
             "epoch": "7",
             "sequence": "1,122,480",
+            "clients' batches": "8,192",
             "regressions": "0",
             "fenced": "no",
         }
@@ -316,6 +319,24 @@ def test_numbers_and_states(browser: Chromium, daemon: Daemon) -> None:
 
 
 @needs_chromium
+def test_a_consumer_shows_its_partitions(browser: Chromium, daemon: Daemon) -> None:
+    """Of a stream's consumer it shows where each partition stands, and why one does not go on, in the ledger's place."""
+    with browser.tab() as tab:
+        opened(tab, daemon)
+        visible = "['stream-card', 'producer-cards'].map((id) => document.getElementById(id).offsetHeight > 0)"
+        assert tab.evaluate(visible) == [False, True]
+        mine = {"partition": 0, "owned": True, "position": 41, "lag": 7, "bytes": 1 << 20, "max_bytes": 1 << 30}
+        others = {"partition": 1, "owned": False, "position": 0, "lag": 0, "bytes": 0, "max_bytes": 0, "fault": ""}
+        daemon.status["stream"] = [{**mine, "fault": NASTY}, others]
+        tab.wait("document.querySelectorAll('#stream > div').length === 2")
+        assert tab.evaluate(visible) == [True, False]
+        found = facts(tab, "#stream")
+        assert found["partition 0"].startswith("applied 41, 7 behind, 1.0 MiB of 1.0 GiB: </dd><script>")
+        assert found["partition 1"].startswith("read by another")
+        assert not tab.evaluate("'ran' in window")
+
+
+@needs_chromium
 def test_what_comes_from_outside_is_text(browser: Chromium, daemon: Daemon) -> None:
     """Markup in an error, its class, a reason, a name or a value is shown letter by letter and never run."""
     daemon.status["errors"] = [{"at": NOW + 50, "class": NASTY, "text": NASTY}]
@@ -342,18 +363,54 @@ def test_what_comes_from_outside_is_text(browser: Chromium, daemon: Daemon) -> N
 
 
 @needs_chromium
-def test_equal_errors_in_a_row_are_one(browser: Chromium, daemon: Daemon) -> None:
-    """An outage of a minute is one line with its count and age, and what came before is still in sight."""
+def test_equal_errors_are_one(browser: Chromium, daemon: Daemon) -> None:
+    """An outage of a minute is a line a kind, with count and age, and what came before is still in sight."""
     refused = [{"at": daemon.now - number, "class": "connection", "text": "refused"} for number in range(20)]
-    daemon.status["errors"] = [*refused, {"at": NOW - 4_000, "class": "lock", "text": "deadlock"}]
+    probed = [each | {"text": "asking: refused"} for each in refused]
+    both = [each for pair in zip(refused, probed, strict=True) for each in pair]
+    daemon.status["errors"] = [*both, {"at": NOW - 4_000, "class": "lock", "text": "deadlock"}]
     with browser.tab() as tab:
         opened(tab, daemon)
         rows = tab.evaluate("[...document.querySelectorAll('#errors li')].map(li => li.innerText)")
-        assert len(rows) == 2
-        assert "0 s ago" in rows[0]
-        assert "20 times since" in rows[0]
-        assert "1 h 7 min ago" in rows[1]
-        assert "times" not in rows[1]
+        assert len(rows) == 3
+        for row in rows[:2]:
+            assert "0 s ago" in row
+            assert "20 times since" in row
+        assert "1 h 7 min ago" in rows[2]
+        assert "times" not in rows[2]
+
+
+@needs_chromium
+def test_sparse_traffic(browser: Chromium, daemon: Daemon) -> None:
+    """Seconds without a flush leave the newest figure there is, with its age, and a lone one is a dot to be seen."""
+    with browser.tab() as tab:
+        for _ in range(7):
+            daemon.second(0, 0)
+        opened(tab, daemon)
+        assert tab.text("#flush-p50") == "1.8 ms"
+        assert tab.text("#flush .note").startswith("7 s ago, max 2")
+        assert tab.text("#rates .note") == "max 600"
+        dots = tab.evaluate("document.querySelector('#flush .alone.line-0').getAttribute('d')")
+        assert dots.count("M") == sum(len(run) == 1 for run in drawn(tab, "flush-line-0")) == 27
+        assert tab.evaluate("parseFloat(getComputedStyle(document.querySelector('#flush .alone')).strokeWidth)") >= 4
+        # A moment that is chosen shows itself, and no other one.
+        tab.press("Tab", "ArrowLeft")
+        assert tab.text("#flush-p50") == "\u2013"
+        assert tab.faults() == []
+
+
+@needs_chromium
+def test_two_lines_that_are_one_are_both_seen(browser: Chromium, daemon: Daemon) -> None:
+    """The second line lies on the first and is thinner; the producer's name is on one line."""
+    with browser.tab() as tab:
+        opened(tab, daemon)
+        order = "[...document.querySelectorAll('#rates .line')].map(l => [l.id, parseFloat(getComputedStyle(l).strokeWidth)])"
+        (below, wide), (above, thin) = tab.evaluate(order)
+        assert (below, above) == ("rates-line-0", "rates-line-1")
+        assert wide >= 2 * thin
+        name = "document.querySelector('#ledger dd')"
+        assert tab.evaluate(f"{name}.getClientRects().length === 1 && {name}.scrollWidth <= {name}.clientWidth")
+        assert tab.evaluate(f"{name}.offsetHeight") < 30
 
 
 @needs_chromium

@@ -160,6 +160,7 @@ async def test_found_done() -> None:
     books = relay.collected().books
     assert sum(books.accepted.values()) == sum(books.applied.values()) == 1
     assert relay.numbers.flushes["duplicate"] == 3
+    assert relay.batches == 1
 
 
 async def test_what_waits_is_shown(registry: CollectorRegistry) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx
 import psycopg
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from psycopg import sql
 
@@ -17,8 +18,13 @@ from tests.deploy import report
 from tests.deploy.manifests import ROOT, known_path
 from tests.deploy.podman import Podman, make_daemon, make_podman, make_postgres, make_prometheus
 from tests.helpers import running, wait_until
+from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.health import ask
 from tracker_daemon.daemon.options import Listen
+from tracker_daemon.stream.address import address
+from tracker_daemon.stream.consumer import Consumer
+from tracker_daemon.stream.metrics import StreamCollector
+from tracker_daemon.stream.partition import Following, PartitionNumbers
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -106,11 +112,25 @@ def scraped(daemon: Daemon) -> str:
         return client.get("/metrics").raise_for_status().text
 
 
+def _unused(*_: Any) -> Any:
+    raise AssertionError("nothing is consumed here")
+
+
+def of_a_consumer() -> str:
+    """Return what the `/metrics` of a stream's consumer adds to those of every flush."""
+    following = Following()
+    consumer = Consumer(address("nats://localhost/s"), _unused, _unused, SystemClock(), following)
+    consumer.partitions = [PartitionNumbers(owned=True)]
+    registry = CollectorRegistry()
+    registry.register(StreamCollector(consumer))
+    return generate_latest(registry).decode()
+
+
 @pytest.fixture(scope="session")
 def samples(scraped: str) -> Samples:
     """Every sample's name in a scrape, with the values of each of its labels."""
     found: Samples = {}
-    for family in text_string_to_metric_families(scraped):
+    for family in text_string_to_metric_families(scraped + of_a_consumer()):
         for sample in family.samples:
             labels = found.setdefault(sample.name, {})
             for name, value in sample.labels.items():

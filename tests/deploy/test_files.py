@@ -47,8 +47,8 @@ def wanted(*extras: str) -> list[Requirement]:
 @pytest.mark.parametrize(
     ("file", "requirements"),
     [
-        ("requirements.txt", wanted("daemon")),
-        ("requirements-embedded.txt", wanted("daemon", "embedded")),
+        ("requirements.txt", wanted("daemon", "nats")),
+        ("requirements-embedded.txt", wanted("daemon", "nats", "embedded")),
         ("requirements-build.txt", [Requirement(line) for line in PROJECT["build-system"]["requires"]]),
     ],
 )

@@ -76,7 +76,8 @@ def test_events_of_the_log() -> None:
 
 def test_options() -> None:
     """Every setting that a runbook names is one of the command line."""
-    source = (ROOT / "tracker_daemon" / "serve_command.py").read_text(encoding="utf-8")
+    files = (ROOT / "tracker_daemon" / f"{name}_command.py" for name in ("serve", "stream"))
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
     flags = {flag for name in BOOKS for flag in re.findall(r"`(?:--|TRACKER_)([a-zA-Z_-]+)", _text(name))}
     named = {flag.lower().replace("_", "-").split(" ")[0] for flag in flags}
     assert named

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 import psycopg
 
 from tests.helpers import wait_until
-from tracker_daemon.embedded import free_port, server_identity
+from tracker_daemon.server_binaries import server_identity
+from tracker_daemon.server_probes import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path

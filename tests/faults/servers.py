@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import psycopg
 
 from tests.helpers import query, wait_until
-from tracker_daemon.embedded import EmbeddedPostgres, server_identity
+from tracker_daemon.embedded import EmbeddedPostgres
+from tracker_daemon.server_binaries import server_identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

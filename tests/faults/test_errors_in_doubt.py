@@ -25,6 +25,7 @@ from tracker_daemon.sink import Applied, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import psycopg
     from prometheus_client import CollectorRegistry
@@ -214,7 +215,7 @@ def test_every_row(database: str, admin: psycopg.Connection[Any], name: str, cop
 
 @KINDS
 def test_alone_in_its_batch(database: str, admin: psycopg.Connection[Any], name: str) -> None:
-    """A row that fails alone cannot be told from a table at fault: it is held and told for as long as that lasts."""
+    """A row that fails alone, with nothing behind it, cannot be told from a table at fault: it is held and told."""
     statement, _, kind = FAULTS[name]
     break_for(admin, "NEW.thread_id = 'bad'", statement)
     with life(database) as one:
@@ -226,6 +227,60 @@ def test_alone_in_its_batch(database: str, admin: psycopg.Connection[Any], name:
         assert one.send(batch) == Applied(rows=1)
     assert rows(admin) == {"t-0": 1, "bad": 1}
     assert letters(admin) == []
+
+
+@pytest.mark.parametrize("journal", [False, True], ids=["memory", "journal"])
+def test_what_waits_behind_it_proves_the_table(
+    database: str,
+    admin: psycopg.Connection[Any],
+    errors: Errors,
+    registry: CollectorRegistry,
+    tmp_path: Path,
+    *,
+    journal: bool,
+) -> None:
+    """A row alone in its batch is held while nothing else comes; the first good call behind it frees both."""
+    break_for(admin, "NEW.thread_id = 'bad'", FAULTS["function that is missing"][0])
+    with tracking(database, errors, registry, journal=tmp_path / "j" if journal else None) as tracker:
+        assert tracker.record_turn("bad", "agent", 1)
+        errors.wait_for_kind("schema", QUICK_TRIES + 1)
+        assert letters(admin) == []
+        assert tracker.record_turn("good", "agent", 1)
+        tracker.flush(PATIENCE)
+        assert letters(admin) == [("bad", "42883")]
+        assert rows(admin) == {"good": 1}
+    assert tracker.stats().dead_lettered == 1
+
+
+def test_a_table_at_fault_with_calls_behind(
+    database: str, admin: psycopg.Connection[Any], errors: Errors, registry: CollectorRegistry
+) -> None:
+    """Where what waits behind fails as well, nothing is set aside, and all of it is written once the table is mended."""
+    break_for(admin, "true", FAULTS["function that is missing"][0])
+    with tracking(database, errors, registry) as tracker:
+        assert tracker.record_turn("t-0", "agent", 1)
+        errors.wait_for_kind("schema")
+        for thread_id in GOOD[1:]:
+            assert tracker.record_turn(thread_id, "agent", 1)
+        errors.wait_for_kind("schema", QUICK_TRIES + 2)
+        mend(admin)
+    assert letters(admin) == []
+    assert rows(admin) == dict.fromkeys(GOOD, 1)
+
+
+def test_trying_what_waits_leaves_nothing(database: str, admin: psycopg.Connection[Any]) -> None:
+    """The row that proves the table is rolled back: it is written by its own batch alone."""
+    break_for(admin, "NEW.thread_id = 'bad'", FAULTS["bad SQL"][0])
+    with life(database) as one:
+        batch, later = one.batch("bad"), one.batch("good", sequence=2)
+        one.sink.following = lambda _: later.deltas
+        one.fail(batch, "schema")
+        found = one.send(batch)
+        assert isinstance(found, Applied)
+        assert (found.rows, len(found.dead_letters)) == (0, 1)
+        assert rows(admin) == {}
+        assert one.send(later) == Applied(rows=1)
+    assert rows(admin) == {"good": 1}
 
 
 def test_rows_that_are_only_skipped_prove_nothing(database: str, admin: psycopg.Connection[Any]) -> None:

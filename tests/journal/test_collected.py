@@ -97,9 +97,12 @@ def test_with_something_pending(tmp_path: Path, later: Any, caplog: pytest.LogCa
     rig.crash()
     sink.ledger.clear()
     later(400)
-    recovered(tmp_path, sink)
-    assert len(told(caplog, "journal_set_aside")) == 1
-    assert len(Calls.counted(sink.rows)) == 2
+    for start in range(1, 3):
+        after = recovered(tmp_path, sink)
+        assert len(told(caplog, "journal_set_aside")) == start, "every start tells it"
+        assert "a month has passed without a sign of life" in str(after.told[0])
+        assert Calls.counted(sink.rows) == {("t0", 0), ("t0", 1)}
+        assert after.journal.errors == {"ledger": 1}
     assert len(list(tmp_path.glob("*.journal"))) == 3
 
 
@@ -235,6 +238,18 @@ def test_what_an_earlier_life_left_is_kept(tmp_path: Path) -> None:
     sink.forget()
     recovered(tmp_path, sink)
     assert Calls.counted(sink.rows) == calls.made
+
+
+@pytest.mark.parametrize(("since", "kept"), [(590, 4), (610, 1)])
+def test_kept_over_a_restart(since: int, kept: int, tmp_path: Path, later: Any) -> None:
+    """The time of what an earlier life has applied goes on: it does not begin anew with each start."""
+    sink, calls = MemorySink(), Calls()
+    a_life(tmp_path, sink, calls, clean=False)
+    later(since / DAY)
+    after = Rig(tmp_path, sink)
+    after.recover()
+    assert sum(len(after.journal.retained(producer)) for producer in after.journal.retained_producers) == kept
+    after.crash()
 
 
 def test_counted_by_the_one_that_applies_it(tmp_path: Path) -> None:

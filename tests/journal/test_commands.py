@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     small_files(monkeypatch)
+
+
+KEPT = (
+    "{} windows that are applied stay there for journal_retain, in case the database forgets them; the next tracker "
+    "deletes them then"
+)
 
 
 def cli(*arguments: object, **environment: str) -> Result:
@@ -94,14 +101,15 @@ def test_inspect(tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == f"journal {tmp_path}: not in use"
-    assert lines[2].startswith(f"life {left.producer.hex} begun 20")
-    assert lines[2].endswith(f"epoch 0, in {tmp_path}")
+    assert lines[1] == "pending is ? because the ledger was not asked: give --database URL"
+    assert lines[3].startswith(f"life {left.producer.hex} begun 20")
+    assert lines[3].endswith(f"epoch 0, in {tmp_path}")
     size = left.first_file.stat().st_size
-    assert [line.split() for line in lines[3:]] == [
+    assert [line.split() for line in lines[4:]] == [
         ["sequences", "state", "files", "bytes", "calls", "pending", "torn"],
         ["1-3", "sealed", "1", str(size), "6", "?", "0"],
-        ["4-4", "sealed", "1", lines[5].split()[3], "2", "?", "0"],
-        ["5-", "open", "1", lines[6].split()[3], "1", "?", "0"],
+        ["4-4", "sealed", "1", lines[6].split()[3], "2", "?", "0"],
+        ["5-", "open", "1", lines[7].split()[3], "1", "?", "0"],
     ]
 
 
@@ -117,6 +125,7 @@ def test_inspect_json(tmp_path: Path) -> None:
     window = windows[0]
     assert (window["directory"], window["holder"]) == (str(tmp_path), "")
     assert (window["producer"], window["lane"], window["epoch"], window["ledger"]) == (left.producer.hex, 0, 0, None)
+    assert datetime.fromisoformat(window["begun_at"]).tzinfo == UTC, "as the other commands have instants"
     assert (window["first"], window["last"], window["sealed"], window["calls"]) == (1, 3, True, 5)
     [fault] = window["damage"]
     assert (fault["file"], fault["offset"]) == (str(left.first_file), at)
@@ -188,11 +197,17 @@ def test_recover(applied: int, tmp_path: Path, database: str) -> None:
     before = len(left.counted(database))
     result = cli("recover", tmp_path, "--database", database)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == f"life {left.producer}: applied {9 - before} calls, found {before} applied\n"
+    assert result.stdout.splitlines() == [
+        f"life {left.producer.hex}: applied {9 - before} calls, {before} were already in the database",
+        KEPT.format(3),
+    ]
     assert left.counted(database) == left.calls.made
     again = cli("recover", tmp_path, "--database", database)
     assert again.exit_code == 0
-    assert "applied 0 calls" in again.stdout
+    assert f"{left.producer.hex}: applied 0 calls, 9 were already in the database" in again.stdout
+    lines = cli("inspect", tmp_path, "--database", database).stdout.splitlines()
+    assert lines[1] == "what is applied is kept for journal_retain, in case the database forgets it"
+    assert [line.split()[1] for line in lines[5:]] == ["applied"] * 3
     assert turns(database) == 9
 
 
@@ -220,7 +235,7 @@ def test_recover_what_is_damaged(tmp_path: Path, database: str) -> None:
     assert turns(database) == 0
     result = cli("recover", tmp_path, "--database", database, "--skip-damage")
     assert result.exit_code == 0
-    assert result.stdout == f"life {left.producer}: applied 8 calls, found 0 applied\n"
+    assert f"life {left.producer.hex}: applied 8 calls, 0 were already in the database\n" in result.stdout
     assert result.stderr == f"passed over {end - at} bytes at byte {at} of {path}\nkept {path}.damaged\n"
     assert left.counted(database) == left.calls.made - {("t3", 0)}
     assert cli("inspect", tmp_path).exit_code == 0
@@ -283,6 +298,85 @@ def test_recover_without_a_row_in_the_ledger(tmp_path: Path, database: str) -> N
     assert turns(database) == 0
 
 
+def forgotten(directory: Path) -> tuple[Rig, Calls]:
+    """Be a life of five windows of which the first is not kept any more, and the others were applied where nobody knows."""
+    calls = Calls()
+    rig = Rig(directory, MemorySink())
+    for _ in range(2):
+        for thread_id in ("t0", "t1", "t2"):
+            rig.call(calls.next(thread_id))
+        rig.flush()
+    rig.sync()
+    rig.journal.forget(rig.journal.retained(rig.journal.producer)[0])
+    calls.made = {(thread_id, digit) for thread_id, digit in calls.made if digit == 1}
+    rig.call(calls.next("t0"))
+    rig.sync()
+    rig.crash()
+    return rig, calls
+
+
+@pytest.mark.parametrize("spelled", ["hex", "urn"])
+def test_again(spelled: str, tmp_path: Path, database: str) -> None:
+    """What a restored backup forgot as a whole is applied when it is asked for by name; from then on exactly once."""
+    rig, calls = forgotten(tmp_path)
+    producer = rig.journal.producer
+    refused = cli("recover", tmp_path, "--database", database)
+    assert refused.exit_code == 1
+    assert f"--again {producer.hex} applies all of them" in refused.stderr
+    assert (
+        "applied 0 calls, 3 are noted as applied, the ledger has no row\n  1 calls are not applied\n" in refused.stdout
+    )
+    assert turns(database) == 0
+    named = {"hex": producer.hex, "urn": str(producer)}[spelled]
+    result = cli("recover", tmp_path, "--database", database, "--again", named)
+    assert result.exit_code == 0
+    assert result.stderr == (
+        f"life {producer.hex}: registered anew at sequence 2; all that its 2 windows hold is applied, as if none of it "
+        "had been\n"
+    )
+    assert f"life {producer.hex}: applied 4 calls, 0 were already in the database" in result.stdout
+    # Digits that are not there have no place in the sum: the rest is each there once.
+    rows = query(database, "SELECT thread_id, total_tokens::int FROM conversations ORDER BY 1")
+    assert rows == [("t0", 4 + 16), ("t1", 4), ("t2", 4)]
+    again = cli("recover", tmp_path, "--database", database, "--again", named)
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert f"the ledger has producer {producer.hex}, at sequence 5" in again.stderr
+    assert cli("recover", tmp_path, "--database", database).exit_code == 0
+    assert query(database, "SELECT thread_id, total_tokens::int FROM conversations ORDER BY 1") == rows
+    assert len(calls.made) == 4
+
+
+def test_again_cut_short(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after some batch, it is gone on with as with any life: each call once."""
+    rig, calls = forgotten(tmp_path)
+    apply, done = PostgresSink.apply, list[Batch]()
+
+    async def apply_one(sink: PostgresSink, batch: Batch) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(batch)
+        return await apply(sink, batch)
+
+    monkeypatch.setattr(PostgresSink, "apply", apply_one)
+    words = ["journal", "recover", str(tmp_path), "--database", database, "--again", rig.journal.producer.hex]
+    assert CliRunner().invoke(program, words).exit_code != 0
+    monkeypatch.undo()
+    assert [batch.sequence for batch in done] == [3]
+    assert cli("recover", tmp_path, "--database", database).exit_code == 0
+    assert turns(database) == len(calls.made) == 4
+
+
+def test_again_of_somebody_unknown(tmp_path: Path, database: str) -> None:
+    """A producer of whom nothing is there, and a word that is none: nothing is done."""
+    Left(tmp_path)
+    result = cli("recover", tmp_path, "--database", database, "--again", "0" * 32)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"has nothing of producer {'0' * 32}" in result.stderr
+    assert cli("recover", tmp_path, "--database", database, "--again", "x").exit_code == 2
+    assert turns(database) == 0
+    assert ledger(database) == []
+
+
 def test_recover_without_a_database(tmp_path: Path) -> None:
     """It says so at once, and keeps nothing locked."""
     Left(tmp_path)
@@ -302,6 +396,7 @@ def test_settings_from_the_environment(tmp_path: Path, database: str) -> None:
     refused = cli("recover", TRACKER_SKIP_DAMAGE="1", **environment)
     assert refused.exit_code == 2
     assert "TRACKER_SKIP_DAMAGE is no setting" in refused.stderr
+    assert cli("recover", TRACKER_AGAIN=left.producer.hex, **environment).exit_code == 2
     assert cli("inspect", TRACKER_JSON="1", **environment).exit_code == 2
     assert cli("recover", "--skip-damage", **environment).exit_code == 0
     assert turns(database) == 8

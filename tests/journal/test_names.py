@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import pytest
 
 from tests.journal.rig import Calls, Rig, recovered, small_files
 from tracker_daemon import MemorySink
+from tracker_daemon.journal.records import SYNCED_AT, WORD, word
+from tracker_daemon.journal.repair import repair
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,3 +90,66 @@ def test_cut_short(number: int, size: int, left: Path) -> None:
     path = sealed(left)[number]
     path.write_bytes(path.read_bytes()[:size])
     is_damage(left, "no header, where there was one")
+
+
+# -- passed over when it is asked for --------------------------------------------------------------
+
+
+def passed_over(directory: Path, aside: Path, missing: set[int]) -> None:
+    """Assert that a repair sets *aside* away, and that of the four calls all but *missing* are applied, each once."""
+    paths: dict[UUID, list[Path]] = {}
+    for path in sorted(directory.glob("*.journal")):
+        paths.setdefault(UUID(path.name[:32]), []).append(path)
+    for producer, files in paths.items():
+        done = repair(producer, files, 0)
+        assert done.aside == ([f"{aside}.damaged"] if aside.name.startswith(producer.hex) else [])
+        assert len(done.skipped) == len(done.aside)
+    sink = MemorySink()
+    assert recovered(directory, sink).told == []
+    assert Calls.counted(sink.rows) == {("t0", digit) for digit in range(4) if digit not in missing}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("-0000000000000003-", "-0000000000000009-"),
+        ("-0000000000000003-", "-0000000000000001-"),
+        ("-0000.journal", "-0001.journal"),
+        ("-0000000000000003-0000", "-open-00000009"),
+    ],
+)
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_copy_is_passed_over(before: str, after: str, synced: bool, left: Path) -> None:
+    """The file that bears its own name counts, whichever comes first by name, also when none was ever on the disk."""
+    path = sealed(left)[2]
+    if not synced:
+        data = bytearray(path.read_bytes())
+        WORD.pack_into(data, SYNCED_AT, word(0))
+        path.write_bytes(data)
+    if after.endswith("0001-"):
+        sealed(left)[0].unlink()  # of the window that was applied long ago
+    copy = path.with_name(path.name.replace(before, after))
+    shutil.copy(path, copy)
+    passed_over(left, copy, {0} if after.endswith("0001-") else set())
+
+
+def test_a_renamed_file_is_passed_over(left: Path) -> None:
+    """It is kept under its new name; the other windows are applied."""
+    path = sealed(left)[1]
+    other = path.rename(path.with_name(path.name.replace("-0000000000000002-", "-0000000000000009-")))
+    passed_over(left, other, {1})
+
+
+def test_what_is_of_another_life_is_passed_over(left: Path) -> None:
+    """A file that bears another producer's name."""
+    path = sealed(left)[0]
+    passed_over(left, path.rename(path.with_name("0" * 32 + path.name[32:])), {0})
+
+
+@pytest.mark.parametrize("size", [0, 64, 127])
+@pytest.mark.parametrize("number", [0, 1])
+def test_cut_short_is_passed_over(number: int, size: int, left: Path) -> None:
+    """A file cut within its header: what it held is lost, the rest is applied."""
+    path = sealed(left)[number]
+    path.write_bytes(path.read_bytes()[:size])
+    passed_over(left, path, {number})

@@ -56,7 +56,7 @@ def a_call(number: int, thread: str = "t") -> Record:
 def drained(queue: SegmentQueue, limit: int = 10**6) -> list[Record]:
     """Read what waits, of this window."""
     found: list[Record] = []
-    while queue.drain(found.append, limit, NOBODY, 10**6):
+    while queue.drain(found.extend, limit, NOBODY, 10**6):
         pass
     return found
 
@@ -94,7 +94,7 @@ def test_in_order_through_rolls_and_cuts() -> None:
         made.append(a_call(number))
         queue.append(made[-1])
         if random.random() < 0.3:
-            queue.drain(window.append, random.randrange(1, 5), NOBODY, 10**6)
+            queue.drain(window.extend, random.randrange(1, 5), NOBODY, 10**6)
         if random.random() < 0.05:
             rest, segments = cut(queue)
             window += rest
@@ -112,9 +112,9 @@ def test_the_bound_of_the_window() -> None:
     queue, held = new_queue(), list[Any]()
     for number in range(50):
         queue.append(a_call(number))
-    assert queue.drain(held.append, 1_000, held, 7) == 7
+    assert queue.drain(held.extend, 1_000, held, 7) == 7
     assert (len(held), len(queue)) == (7, 43)
-    assert queue.drain(held.append, 1_000, held, 7) == 0
+    assert queue.drain(held.extend, 1_000, held, 7) == 0
     assert len(queue.waiting()) == 43
 
 
@@ -124,7 +124,7 @@ def read_beside(queue: SegmentQueue, calls: int) -> list[tuple[list[Record], lis
     while calls:
         window: list[Record] = []
         for _ in range(random.randrange(1, 4)):
-            queue.drain(window.append, random.randrange(1, 200), NOBODY, 10**6)
+            queue.drain(window.extend, random.randrange(1, 200), NOBODY, 10**6)
         rest, segments = cut(queue)
         window += rest
         windows.append((window, segments))

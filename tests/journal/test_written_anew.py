@@ -427,7 +427,9 @@ def test_a_sum_of_very_many_agents(tmp_path: Path) -> None:
     rig.call(("t0", "a", 1, 0.5, 1_700_000_000_000_000_000))
     rig.drain()
     names = tuple(f"{number:0512d}" for number in range(40_000))
-    rig.backlog._window.deltas["t0"]._agents = names
+    [delta] = rig.backlog._window.of("t0")
+    delta._agents = names
+    rig.backlog._window.put(delta, late=False)
     rig.journal.compact_from = 1
     rig.keep()
     rig.crash()

@@ -21,7 +21,7 @@ from tracker_daemon import DrainReport, FlushTimeout, Tracker
 from tracker_daemon.collector import Account, collector_of
 
 if TYPE_CHECKING:
-    from tracker_daemon.collector import Reading
+    from tracker_daemon.readings import Reading
 
 SCENE, CONNINFO, SHUTDOWN_TIMEOUT = sys.argv[1], sys.argv[2], float(sys.argv[3])
 REGISTRY = CollectorRegistry()

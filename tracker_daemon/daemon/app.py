@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
 from prometheus_client.exposition import choose_encoder
@@ -31,11 +31,14 @@ from tracker_daemon.sink import LedgerMissing
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from prometheus_client.registry import CollectorRegistry
     from starlette.requests import Request
+    from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from tracker_daemon.batch import Batch
     from tracker_daemon.daemon.admission import Admission
+    from tracker_daemon.daemon.history import Status
     from tracker_daemon.daemon.service import Service
     from tracker_daemon.generation import Record
     from tracker_daemon.sink import Applied
@@ -48,6 +51,13 @@ _RETRY: Final = {"retry-after": "1"}
 _CLOSE: Final = {"connection": "close"}
 _WAIT: Final = 50.0
 _READERS: Final = 4
+
+
+class _Json(JSONResponse):
+    """A JSON answer whose body is a line, as a terminal and a log want it."""
+
+    def render(self, content: Any) -> bytes:
+        return super().render(content) + b"\n"
 
 
 class Answer(Exception):  # noqa: N818 - not an error: it ends a request early
@@ -63,29 +73,31 @@ def make_app(service: Service) -> ASGIApp:
     api = _Api(service)
     guarded = api.guarded
     routes = [
+        *api.for_operators(),
         Route("/v1/calls", guarded(api.calls), methods=["POST"]),
         Route("/v1/producers", guarded(api.open), methods=["POST"]),
         Route("/v1/producers/{producer:uuid}/{lane:int}", guarded(api.close), methods=["DELETE"]),
         Route("/v1/batches", guarded(api.apply), methods=["POST"]),
         Route("/v1/batches/recall", guarded(api.recall), methods=["POST"]),
-        Route("/metrics", api.metrics),
-        Route("/livez", api.live),
-        Route("/readyz", api.ready),
-        Route("/status.json", api.status),
-        Route("/", api.page),
-        Mount("/page", StaticFiles(directory=PAGE)),
     ]
-    handlers: Any = {HTTPException: _as_json, Exception: _failed}
-    return _Policy(Starlette(routes=routes, exception_handlers=handlers))
+    return _Policy(Starlette(routes=routes, exception_handlers=_HANDLERS))
+
+
+def make_pages(service: Shown) -> ASGIApp:
+    """Return the application that only shows *service*: numbers, state, status page."""
+    return _Policy(Starlette(routes=_Pages(service).for_operators(), exception_handlers=_HANDLERS))
 
 
 async def _as_json(_: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+    return _Json({"error": error.detail}, error.status_code, headers=error.headers)
 
 
 async def _failed(_: Request, error: Exception) -> Response:
     get_logger().error("request_failed", error=repr(error), exc_info=error)
-    return JSONResponse({"error": "the daemon failed; its log says why"}, 500)
+    return _Json({"error": "the daemon failed; its log says why"}, 500)
+
+
+_HANDLERS: Final[Any] = {HTTPException: _as_json, Exception: _failed}
 
 
 class _Policy:
@@ -108,10 +120,72 @@ class _Policy:
         await self._app(scope, receive, guarded)
 
 
-class _Api:
-    def __init__(self, service: Service) -> None:
-        self._service = service
+class Shown(Protocol):
+    """What operators may look at."""
+
+    @property
+    def state(self) -> str:
+        """Whether it works."""
+        ...
+
+    @property
+    def reason(self) -> str | None:
+        """Why not, or `None`."""
+        ...
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """What `/metrics` shows."""
+        ...
+
+    def status(self, since: str | None) -> Status:
+        """Return the status page's document."""
+        ...
+
+
+class _Pages:
+    def __init__(self, shown: Shown) -> None:
+        self._shown = shown
         self._page = PAGE / "index.html"
+
+    def for_operators(self) -> list[BaseRoute]:
+        """Return the routes that change nothing."""
+        return [
+            Route("/metrics", self.metrics),
+            Route("/livez", self.live),
+            Route("/readyz", self.ready),
+            Route("/status.json", self.status),
+            Route("/", self.page),
+            Mount("/page", StaticFiles(directory=PAGE)),
+        ]
+
+    async def metrics(self, request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        data = await anyio.to_thread.run_sync(encode, self._shown.registry)
+        return Response(data, headers={"content-type": content_type})
+
+    async def live(self, _: Request) -> Response:
+        return _Json({"status": "alive"})
+
+    async def ready(self, _: Request) -> Response:
+        state, reason = self._shown.state, self._shown.reason
+        if state == "ready":
+            return _Json({"status": "ready"})
+        return _Json({"status": state, "reason": reason}, 503, headers=_RETRY)
+
+    async def status(self, request: Request) -> Response:
+        since = request.query_params.get("since")
+        document = self._shown.status(since)
+        return _Json(document, headers={"cache-control": "no-store"})
+
+    async def page(self, _: Request) -> Response:
+        return FileResponse(self._page, headers={"cache-control": "no-cache"})
+
+
+class _Api(_Pages):
+    def __init__(self, service: Service) -> None:
+        super().__init__(service)
+        self._service = service
         # Few: what is read in threads takes the interpreter in turns, and each of them makes the others late.
         self._readers = anyio.CapacityLimiter(_READERS)
 
@@ -130,22 +204,22 @@ class _Api:
                 self._admit(request)
                 return await handler(request)
             except Answer as answer:
-                return JSONResponse(answer.value, answer.status, headers=answer.headers)
+                return _Json(answer.value, answer.status, headers=answer.headers)
             except wire.Malformed as error:
-                return JSONResponse({"error": str(error)}, 400)
+                return _Json({"error": str(error)}, 400)
             except Full as full:
                 whose = "of this client's" if full.status == 429 else "of the clients'"
                 text = f"too much {whose} waits for the database already"
-                return JSONResponse({"error": text}, full.status, headers=_RETRY)
+                return _Json({"error": text}, full.status, headers=_RETRY)
             except FlushTimeout as error:
-                return JSONResponse({"error": str(error)}, 503, headers=_RETRY)
+                return _Json({"error": str(error)}, 503, headers=_RETRY)
             except ClientDisconnect:
                 return Response(status_code=400)  # to nobody
             except TrackerError as error:
                 if (status := wire.STATUS.get(type(error))) is None:
                     raise
                 headers = _RETRY if status == 503 else None
-                return JSONResponse(wire.error_json(error), status, headers=headers)
+                return _Json(wire.error_json(error), status, headers=headers)
 
         return run
 
@@ -208,8 +282,9 @@ class _Api:
             if "tracker-producer" in request.headers or "tracker-sequence" in request.headers:
                 batch = self._batch(request, records)
                 applied = await self._identified(request, batch)
-                answer = {"accepted": len(records), "duplicate": applied.duplicate}
-                return JSONResponse(answer, 200 if wait else 202)
+                dead = sum(letter.delta.calls for letter in applied.dead_letters)
+                answer = {"accepted": len(records), "duplicate": applied.duplicate, "dead_lettered": dead}
+                return _Json(answer, 200 if wait else 202)
             # In a thread: it waits while the tracker's worker folds.
             no = None
             if records:
@@ -223,7 +298,7 @@ class _Api:
                 await service.tracker.aflush(_WAIT)
             except FlushTimeout:
                 wait = None  # the calls are taken: an answer that asks for them again would count them twice
-        return JSONResponse({"accepted": len(records)}, 200 if wait else 202)
+        return _Json({"accepted": len(records)}, 200 if wait else 202)
 
     async def _identified(self, request: Request, batch: Batch) -> Applied:
         try:
@@ -248,7 +323,7 @@ class _Api:
         async with self._body(request) as body:
             producer, lane, known, after = wire.open_request(body)
             opened = await self._service.relay.open(producer, lane, known, after)
-        return JSONResponse(wire.opened_json(opened))
+        return _Json(wire.opened_json(opened))
 
     async def apply(self, request: Request) -> Response:
         client = _client(request)
@@ -268,7 +343,7 @@ class _Api:
             if batch.epoch == 0:
                 raise wire.Malformed("Tracker-Epoch must be at least 1: open the producer first")
             applied = await do(batch)
-        return JSONResponse(wire.applied_json(applied))
+        return _Json(wire.applied_json(applied))
 
     async def close(self, request: Request) -> Response:
         producer = request.path_params["producer"]
@@ -277,30 +352,6 @@ class _Api:
             raise wire.Malformed("the lane is out of range")
         await self._service.relay.mark_closed(producer, lane, last)
         return Response(status_code=204)
-
-    # -- operators ---------------------------------------------------------------------------------
-
-    async def metrics(self, request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        data = await anyio.to_thread.run_sync(encode, self._service.registry)
-        return Response(data, headers={"content-type": content_type})
-
-    async def live(self, _: Request) -> Response:
-        return JSONResponse({"status": "alive"})
-
-    async def ready(self, _: Request) -> Response:
-        state, reason = self._service.state, self._service.reason
-        if state == "ready":
-            return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": state, "reason": reason}, 503, headers=_RETRY)
-
-    async def status(self, request: Request) -> Response:
-        since = request.query_params.get("since")
-        document = self._service.status(since)
-        return JSONResponse(document, headers={"cache-control": "no-store"})
-
-    async def page(self, _: Request) -> Response:
-        return FileResponse(self._page, headers={"cache-control": "no-cache"})
 
 
 class _Share:

@@ -17,14 +17,14 @@ _LEAST = 16
 
 def first_line(data: bytes) -> bytes:
     """Return the first line, without what surrounds it."""
-    return data.strip().partition(b"\n")[0].strip()
+    return data.partition(b"\n")[0].strip()
 
 
 class Token:
     """The token in a file; read again when the file's time or inode changes, or by `reload`.
 
     Raises:
-        ConfigError: the file cannot be read, or holds less than 16 characters.
+        ConfigError: the file cannot be read, or its first line holds less than 16 characters.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,9 @@ class Token:
         except OSError as error:
             raise ConfigError("token_file", f"cannot be read: {error.strerror}", str(self._path)) from None
         if len(value) < _LEAST or not value.isascii():
-            raise ConfigError("token_file", f"must hold at least {_LEAST} characters, of ASCII", str(self._path))
+            raise ConfigError(
+                "token_file", f"must hold at least {_LEAST} characters, of ASCII, in its first line", str(self._path)
+            )
         self._value, self._seen = value, (status.st_mtime_ns, status.st_ino, status.st_size)
 
     def admits(self, header: str) -> bool:

@@ -2,13 +2,15 @@
 
 Rules:
 1. Who does not bring a head to its end, or does not take an answer off the connection, in time is cut off.
-2. Where all are taken, or a client has its share of them (`admission`), a new one takes the place of one without a
-   request under way: the client's own, or one of whoever has the most. Only where each of them is busy it is refused.
+2. Where all are taken, or a client has its share of them (`admission`), a new one takes the place of the one that is
+   idle for longest, with no request under way and none that waits to be read: of the client's own, or of whoever has
+   the most. Only where each of them is busy it is refused.
 3. Who ends its own side after a request (`shutdown(SHUT_WR)`) still gets the answer; the connection is closed then.
 """
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from typing import TYPE_CHECKING, Final, Protocol
@@ -34,6 +36,8 @@ class _Connection(Protocol):
     name: str
     transport: asyncio.Transport
 
+    idle_since: float
+
     @property
     def is_busy(self) -> bool: ...
 
@@ -55,11 +59,11 @@ class _Places:
             if (due := self._rated.due(name)) is not None:
                 has, limit = len(crowd), self._limit
                 get_logger().warning("connections_full", client=name, has=has, open=self._total, limit=limit, **due)
-            idle = next((each for each in crowd if not each.is_busy), None)
-            if idle is None:
+            idle = sorted((each for each in crowd if not each.is_busy), key=lambda each: each.idle_since)
+            if (oldest := next((each for each in idle if not _has_unread(each.transport)), None)) is None:
                 return False
-            self.leave(idle)
-            idle.transport.close()
+            self.leave(oldest)
+            oldest.transport.close()
         self._of.setdefault(new.name, {})[new] = None
         self._total += 1
         return True
@@ -83,6 +87,7 @@ def bounded(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of s
         _unread: asyncio.TimerHandle | None = None
         _ended = False
         name = ""
+        idle_since = 0.0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -90,6 +95,7 @@ def bounded(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of s
             # What the system does not take at once is a client that does not read: it is told from the first byte on.
             transport.set_write_buffer_limits(high=0)
             self.name = self.client[0] if self.client else ""
+            self.idle_since = self.loop.time()
             if not places.enter(self):
                 transport.write(_TOO_MANY)
                 transport.close()
@@ -109,6 +115,7 @@ def bounded(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of s
             return self.is_busy and not self.cycle.more_body
 
         def on_response_complete(self) -> None:
+            self.idle_since = self.loop.time()
             super().on_response_complete()  # which begins the next request, if that has come already
             if self._ended and not self.is_busy:
                 self.transport.close()
@@ -149,6 +156,16 @@ def bounded(options: Options) -> type[H11Protocol]:  # noqa: C901 - a class of s
                 self._unread = None
 
     return Bounded
+
+
+def _has_unread(transport: asyncio.Transport) -> bool:
+    """Say whether something has come that the loop has not read yet: a request, as like as not."""
+    poll = select.poll()
+    try:
+        poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def _peer(transport: asyncio.Transport) -> tuple[str, int] | None:

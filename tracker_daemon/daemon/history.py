@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tracker_daemon.collector import Reading
     from tracker_daemon.flush_numbers import Histogram
+    from tracker_daemon.readings import Reading
 
 
 class Columns(TypedDict):
@@ -67,6 +67,8 @@ class Ledger(TypedDict):
     epoch: int
     sequence: int
     """The highest that was applied."""
+    relayed: int
+    """Batches of clients that were applied; each has moved a row of its client's own."""
     regressions: int
     fenced: bool
 
@@ -79,6 +81,23 @@ class Journal(TypedDict):
     segments: int
     degraded: bool
     """Accepted calls are held in memory only, because writing failed."""
+
+
+class StreamPartition(TypedDict):
+    """A partition of the stream."""
+
+    partition: int
+    owned: bool
+    """Read by this consumer; else the rest is 0."""
+    position: int
+    """The last message that is applied."""
+    lag: int
+    """Messages behind it."""
+    bytes: int
+    """In the log, of which `max_bytes` may be."""
+    max_bytes: int
+    fault: str
+    """Why it does not go on; empty if it does."""
 
 
 Error = TypedDict("Error", {"at": float, "class": str, "text": str})
@@ -107,7 +126,9 @@ class Status(TypedDict):
     clients: int
     """Connections that are open now."""
     errors: list[Error]
-    """Newest first, at most 50. Equal ones in a row are shown as one."""
+    """Newest first, at most 50. Equal ones are shown as one."""
+    stream: list[StreamPartition] | None
+    """Of a consumer, its stream's partitions; the ledger is then of no one, and there is no journal."""
     config: dict[str, Setting]
     """By name of the option. No secret gets here: the page shows all of it."""
 

@@ -88,6 +88,7 @@ class Options:
         max_connections: at once.
         read_timeout: seconds for a request's head, for each part of its body, and for its answer to be read.
         memory: bytes of requests under way at once.
+        read_only: there is nothing that a token would guard.
     """
 
     listen: tuple[Listen, ...]
@@ -100,10 +101,11 @@ class Options:
     max_connections: int = 2_000
     read_timeout: float = 20.0
     memory: int = 256 << 20
+    read_only: bool = False
 
     def __post_init__(self) -> None:
         open_to_all = [address for address in self.listen if not address.is_loopback]
-        if open_to_all and self.token_file is None:
+        if open_to_all and self.token_file is None and not self.read_only:
             raise ConfigError(
                 "listen", "is reached from other machines, which needs --token-file", ", ".join(map(str, open_to_all))
             )

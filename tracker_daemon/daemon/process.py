@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 _HEAD: Final = 16 << 10
 _BACKLOG: Final = 2_048
 _KEEP_ALIVE: Final = 75
-_LAST_ANSWERS: Final = 2.0
+LAST_ANSWERS: Final = 2.0
+"""Seconds for answers under way at the end."""
 
 
 # -- sockets ---------------------------------------------------------------------------------------
@@ -143,10 +144,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(service: Service) -> _Server:
+def make_server(app: Any, options: Options) -> uvicorn.Server:
+    """Return a server of *app* within the bounds of *options*, which leaves signals alone."""
     config = uvicorn.Config(
-        make_app(service),
-        http=bounded(service.options),
+        app,
+        http=bounded(options),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -155,7 +157,7 @@ def _server(service: Service) -> _Server:
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
         h11_max_incomplete_event_size=_HEAD,
-        timeout_graceful_shutdown=round(_LAST_ANSWERS),
+        timeout_graceful_shutdown=round(LAST_ANSWERS),
     )
     return _Server(config)
 
@@ -184,7 +186,7 @@ class Process:
     ) -> None:
         self._service, self._sockets = service, list(sockets)
         self._timeout, self._linger, self._reload = shutdown_timeout, linger, reload
-        self._server = _server(service)
+        self._server = make_server(make_app(service), service.options)
         self._stop = anyio.Event()
         self._hurry = anyio.Event()
         self._served = anyio.Event()
@@ -208,7 +210,7 @@ class Process:
                 with anyio.move_on_after(self._linger):
                     await self._hurry.wait()
             self._server.should_exit = True
-            with anyio.move_on_after(_LAST_ANSWERS):
+            with anyio.move_on_after(LAST_ANSWERS):
                 await self._served.wait()
             # Else the driver asks a server that may be deaf to cancel what is under way, and waits for that.
             self._service.hurry()

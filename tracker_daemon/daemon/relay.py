@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from tracker_daemon.collector import Reading
 from tracker_daemon.daemon.admission import Admission
 from tracker_daemon.daemon.relay_books import Hand, RelayBooks
 from tracker_daemon.errors import SchemaError, TrackerError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.front_door import Refusals
 from tracker_daemon.logs import Rated, get_logger
+from tracker_daemon.readings import Reading
 from tracker_daemon.sink import Applied, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class Relay:
         """Called with what the database, or a batch's ledger, says against a batch."""
         self.numbers = FlushNumbers()
         self.closed = self.folded = self.ended = False
+        self.batches = 0
+        """How many were applied."""
         self.clients: dict[UUID, float] = {}
         """When each client was heard last, seconds since 1970."""
 
@@ -240,6 +242,7 @@ class Relay:
             numbers.flushes["duplicate"] += answer.duplicate
             if waiting.hand.again or not answer.duplicate:
                 rows += len(waiting.batch.deltas)
+                self.batches += 1
                 numbers.commit_lag_seconds.observe(now - waiting.since)
         if rows:
             numbers.flushes["ok"] += 1

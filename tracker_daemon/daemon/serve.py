@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import resource
 import signal
-import sys
-import time
+import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR
 from prometheus_client.registry import CollectorRegistry
+from psycopg.conninfo import conninfo_to_dict
 
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.bearer import Token
+from tracker_daemon.daemon.log import log_to_stderr, set_level
 from tracker_daemon.daemon.options import Options, group_id
 from tracker_daemon.daemon.process import Process, bind_all, removed_at_end
 from tracker_daemon.daemon.relay import Relay
@@ -36,8 +35,6 @@ from tracker_daemon.tracker import Tracker
 if TYPE_CHECKING:
     from tracker_daemon.daemon.options import Listen
 
-# What the status page does not show: what holds secrets, or would be no use there.
-_HIDDEN: Final = frozenset({"database"})
 _OTHER_FILES: Final = 256
 LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -141,10 +138,21 @@ class Plan:
 
     def shown(self) -> dict[str, Any]:
         """Return what the status page shows."""
-        found = {name: value for name, value in asdict(self).items() if name not in _HIDDEN}
+        found = asdict(self) | {"database": _place(self.database)}
         found |= {"listen": [str(address) for address in self.listen], "socket_mode": f"{self.socket_mode:o}"}
         found["table"] = ".".join(part for part in self.table if part is not None)
         return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+
+
+def _place(database: str) -> str:
+    """Name a database by host, port and name: no user, no password, whatever else its URL holds."""
+    if database.startswith("embedded:"):
+        return database
+    given = conninfo_to_dict(database)
+    host = given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST") or "local socket"
+    port = given.get("port") or os.environ.get("PGPORT") or "5432"
+    name = given.get("dbname") or os.environ.get("PGDATABASE") or "the user's own"
+    return f"{host}, port {port}, database {name}"
 
 
 def check(plan: Plan) -> None:
@@ -166,8 +174,14 @@ def _check_directory(setting: str, directory: Path) -> None:
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(setting, f"cannot be had: {there} is no directory", str(directory))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(setting, f"cannot be had: {there} may not be written", str(directory))
+    try:
+        # What a directory says of its rights is not all: /proc, or a file system that is read-only.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            setting, f"cannot be had: {there} cannot be written: {error.strerror}", str(directory)
+        ) from None
 
 
 def run(plan: Plan) -> int:
@@ -176,7 +190,7 @@ def run(plan: Plan) -> int:
     Raises:
         ConfigError, JournalError, EmbeddedPostgresError: it cannot start.
     """
-    _log_to_stderr(plan)
+    log_to_stderr(plan.level(), plan.log_format)
     _until_it_serves()
     with ExitStack() as stack:
         database = plan.database
@@ -257,45 +271,6 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
     def reload() -> None:
         if token is not None:
             token.reload()
-        _set_level(plan.level())
+        set_level(plan.level())
 
     return await Process(service, sockets, plan.shutdown_timeout, plan.linger, reload).run()
-
-
-# -- the log ---------------------------------------------------------------------------------------
-
-
-class _Json(logging.Formatter):
-    """A JSON object a line: time, level, logger, event, and the event's fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = dict(getattr(record, "tracker", None) or {"event": record.getMessage()})
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name}
-        line |= {"event": fields.pop("event", None), **fields}
-        return json.dumps(line, default=str, ensure_ascii=False)
-
-
-def _log_to_stderr(plan: Plan) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = _Json() if plan.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    formatter.converter = time.gmtime
-    formatter.default_time_format, formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-    handler.setFormatter(formatter)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel("WARNING")
-    # What is wrong with a request is its sender's to know: any client would write the log at its own rate.
-    logging.getLogger("uvicorn").setLevel("ERROR")
-    logging.getLogger("tracker_daemon").setLevel(plan.level().upper())
-
-
-def _set_level(level: str) -> None:
-    """Set the log's level, and say so under the one of the two that lets more through."""
-    logger = logging.getLogger("tracker_daemon")
-    old, new = logger.level, logging.getLevelNamesMapping()[level.upper()]
-    logger.setLevel(min(old, new))
-    if old != new:
-        get_logger().warning("log_level_changed", to=level)
-    logger.setLevel(new)

@@ -37,6 +37,13 @@ _ERRORS: Final = 50
 _TEXT: Final = 400
 
 
+def shown(error: BaseException, options: Options | None) -> str:
+    """Return an error as whoever asks may see it: libpq's words name hosts and users."""
+    if options is None or all(address.is_loopback for address in options.listen):
+        return " ".join(str(error).split())[:_TEXT]
+    return f"the database cannot be written: {kind_of(error)}; the log has the words"
+
+
 class Service:
     """The daemon's parts and its state.
 
@@ -138,10 +145,7 @@ class Service:
             await anyio.sleep(_PROBE)
 
     def _shown(self, error: BaseException) -> str:
-        """Return an error as whoever asks may see it: libpq's words name hosts and users."""
-        if all(address.is_loopback for address in self.options.listen):
-            return " ".join(str(error).split())[:_TEXT]
-        return f"the database cannot be written: {kind_of(error)}; the log has the words"
+        return shown(error, self.options)
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -198,12 +202,14 @@ class Service:
                 producer=producer,
                 epoch=epoch,
                 sequence=sequence,
+                relayed=self.relay.batches,
                 regressions=numbers.regressions + relayed.regressions,
                 fenced=numbers.fenced,
             ),
             journal=self._journal(),
             clients=self.relay.live_clients(),
             errors=list(self._errors),
+            stream=None,
             config=self._config,
         )
 

@@ -83,10 +83,13 @@ def _report(driving: Driving, tracker: Tracker) -> Report:
         "CALLS DEAD-LETTERED": stats.dead_lettered,
         "CALLS REFUSED": driving.traffic.refused,
     }
+    verdict = next((word for word, number in faults.items() if number), "APPLIED")
+    made = stats.accepted + driving.traffic.refused
+    number = f"{faults[verdict]:,} of {made:,}" if verdict in faults else f"{stats.applied:,}"
     return Report(
         exact=not any(faults.values()),
-        verdict=next((word for word, number in faults.items() if number), "APPLIED"),
-        headline=f"{stats.applied:,} calls on {len(driving.traffic.counted):,} conversations"
+        verdict=verdict,
+        headline=f"{number} calls on {len(driving.traffic.counted):,} conversations"
         f"; {sum(faults.values()):,} refused, set aside or lost",
         differences=[],
         sections=[("Through the daemon", driving.figures())],

@@ -117,6 +117,11 @@ class _Found:
     whole: bool
 
     @property
+    def bears_its_sequence(self) -> bool:
+        """Whether its name tells what its header does, which may never have been on the disk."""
+        return self.part == 0 and self.first == self.file.first
+
+    @property
     def order(self) -> tuple[bool, int]:
         return (self.part is None, self.number if self.part is None else self.part)
 
@@ -186,7 +191,7 @@ def _check_names(producer: UUID, files: list[_Found]) -> None:
     Raises:
         Damage: one does not: somebody has copied or renamed it, and it would count twice.
     """
-    numbers: dict[int, Path] = {}
+    numbers: dict[int, _Found] = {}
     for found in files:
         header, named = found.file.header, OPEN.fullmatch(found.path.name)
         # A sequence in the header that was never on the disk may be an older one.
@@ -195,8 +200,9 @@ def _check_names(producer: UUID, files: list[_Found]) -> None:
             raise Damage(found.path, 0, f"it is file {found.number} of {header.producer}, under another's name")
         if found.part is not None and sequence and sequence != found.first:
             raise Damage(found.path, 0, f"it begins with sequence {sequence}, under another's name")
-        if (other := numbers.setdefault(found.number, found.path)) != found.path:
-            raise Damage(found.path, 0, f"it is the same file as {other.name}")
+        if (other := numbers.setdefault(found.number, found)) is not found:
+            copy, original = (other, found) if found.bears_its_sequence else (found, other)
+            raise Damage(copy.path, 0, f"it is the same file as {original.path.name}")
 
 
 def _check_blank(paths: list[Path], files: list[_Found]) -> None:

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from tracker_daemon.delta import calls_of
 from tracker_daemon.generation import Generation
-from tracker_daemon.journal.inspection import Fault, readable, with_last
+from tracker_daemon.journal.inspection import Fault, FileReport, readable, with_last
 from tracker_daemon.journal.lives import Life, life_of
 from tracker_daemon.journal.records import (
     FIRST_AT,
@@ -32,14 +33,13 @@ from tracker_daemon.journal.records import (
     encode_sum,
     word,
 )
-from tracker_daemon.journal.windows import SEALED, Lost, Window, pieces, sealed_name, take, written
+from tracker_daemon.journal.windows import SEALED, Damage, Lost, Window, pieces, sealed_name, take, written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
     from uuid import UUID
 
-    from tracker_daemon.delta import ThreadDelta
 
 _NEW: Final = ".new"
 _ASIDE: Final = ".damaged"
@@ -86,7 +86,7 @@ def repair(producer: UUID, paths: list[Path], applied: int) -> Repaired:
         path.unlink()  # of a repair that was killed
     good, bad = readable(paths)
     hidden = [path for path in paths if path not in good]
-    life = life_of(producer, good, copy=True)
+    life = _life(producer, good, hidden, bad)
     number = max([_number(path) for path in good], default=0) + len(hidden)
     for window, last in with_last(life):
         found = _read(window)
@@ -106,19 +106,44 @@ def repair(producer: UUID, paths: list[Path], applied: int) -> Repaired:
     return done
 
 
-def _number(path: Path) -> int:
+def _life(producer: UUID, good: list[Path], hidden: list[Path], bad: list[FileReport]) -> Life:
+    """Return the life in *good*; what is there under another's name, or has lost its header, goes to the other two."""
+    while True:
+        try:
+            return life_of(producer, good, copy=True)
+        except Damage as damage:
+            if damage.path not in good or damage.offset:
+                raise  # not of the file as a whole
+            path, size = damage.path, damage.path.stat().st_size
+            good.remove(path)
+            hidden.append(path)
+            bad.append(FileReport(path.name, size, damage=[Fault(str(path), 0, size, damage.fault)]))
+
+
+def _header(path: Path) -> Header | None:
     try:
-        file = written(path, copy=True)
-    except ValueError:
-        return 0
-    return file.header.number
+        return written(path, copy=True).header
+    except (ValueError, Damage):
+        return None
+
+
+def _number(path: Path) -> int:
+    header = _header(path)
+    return 0 if header is None else header.number
 
 
 def _may_belong(path: Path, window: Window) -> bool:
-    """Whether a file with an unreadable header may be of *window*: by the sequence in its name, or both not sealed."""
+    """Whether a file that is set aside may be of *window*.
+
+    By its header, if that can be read; else by the sequence in its name, or both not sealed. A copy is none of it.
+    """
     whole = SEALED.fullmatch(window.paths[0].name)
     if whole is not None and int(whole[3]) == _number(window.paths[0]):
         return False  # written anew once it was sealed: all that counts of it is there
+    if (header := _header(path)) is not None:
+        others = [other for file in window.paths if (other := _header(file)) is not None]
+        same = any((other.producer, other.window) == (header.producer, header.window) for other in others)
+        return same and header.number not in {other.number for other in others}
     name = SEALED.fullmatch(path.name)
     if name is None:
         return any(SEALED.fullmatch(other.name) is None for other in window.paths)
@@ -152,7 +177,7 @@ def _write_anew(
         rest.followers = found.generation.followers
     else:
         behind = islice(found.generation.deltas.values(), found.known, None)
-        left_out = sum(delta.calls for delta in (*behind, *found.generation.followers.values()))
+        left_out = sum(map(calls_of, (*behind, *found.generation.followers.values())))
     first = window.first + batches
     if last is not None and len(list(rest.batches(size))) > last - first + 1:
         rest, size = _in_one(rest)
@@ -182,8 +207,8 @@ def _in_one(rest: Generation) -> tuple[Generation, int]:
     """Return *rest* as one batch: without what is lost it falls into more batches than it had."""
     one = Generation(create_missing=rest.create_missing)
     for delta in rest.all():
-        before = one.deltas.get(delta.thread_id)
-        one.deltas[delta.thread_id] = delta if before is None else before.merge(delta)
+        before = next(one.of(delta.thread_id), None)
+        one.put(delta if before is None else before.merge(delta), late=False)
     return one, max(1, len(one.deltas))
 
 
@@ -201,7 +226,7 @@ def _write(path: Path, header: Header, first: int, rest: Generation, size: int) 
     _sync(path.parent)
 
 
-def _count(batches: Iterable[tuple[ThreadDelta, ...]]) -> int:
+def _count(batches: Iterable[object]) -> int:
     return sum(1 for _ in batches)
 
 

@@ -19,7 +19,7 @@ from tracker_daemon.journal import records
 from tracker_daemon.journal.records import FRAME, Opened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sized
+    from collections.abc import Callable, Iterable, Iterator, Sized
 
     from tracker_daemon.generation import Record
     from tracker_daemon.journal.segment import Segment
@@ -114,7 +114,7 @@ class SegmentQueue(deque[None]):
 
     # -- the worker's side -------------------------------------------------------------------------
 
-    def drain(self, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:
+    def drain(self, fold_all: Callable[[Iterable[Record]], object], limit: int, held: Sized, most: int) -> int:
         """Read at most *limit* calls of this window, until *held* has *most* items; return how many."""
         count, chain = 0, self._chain
         while chain and count < limit:
@@ -123,7 +123,7 @@ class SegmentQueue(deque[None]):
                 with self.turn:  # it is just being done; or an asynchronous exception came in between
                     self._freeze_old()
             frozen = segment.frozen_at is not None  # looked at first: what is written later is read the next time
-            count += self._drain_one(segment, fold, limit - count, held, most)
+            count += self._drain_one(segment, fold_all, limit - count, held, most)
             if not frozen or segment.read_to < segment.end or not self._may_follow(segment):
                 break
             self._read.append(chain.popleft())
@@ -140,24 +140,32 @@ class SegmentQueue(deque[None]):
         following = self._chain[1]
         return following is not self._stop and following.header.window == segment.header.window
 
-    def _drain_one(self, segment: Segment, fold: Callable[[Record], object], limit: int, held: Sized, most: int) -> int:
-        data, end, agents, offset, count = segment.map, segment.end, self._agents, segment.read_to, 0
+    def _drain_one(
+        self, segment: Segment, fold_all: Callable[[Iterable[Record]], object], limit: int, held: Sized, most: int
+    ) -> int:
+        agents, count = self._agents, 0
         if len(agents) > _KNOWN_AGENTS:
             agents.clear()
-        while offset + FRAME.size <= end and count < limit and len(held) < most:
-            length = FRAME.unpack_from(data, offset)[0]
-            if not length:
-                break  # it is being frozen: the position is no longer the end
-            offset += FRAME.size
-            record = records.decode(data[offset : offset + length])
-            offset += length
-            if isinstance(record, tuple):
-                if len(record) == 5:
-                    # One string for all turns of an agent, as the door has it.
-                    record = (record[0], agents.setdefault(record[1], record[1]), *record[2:])
-                fold(record)
-                count += 1
-            segment.read_to = offset
+
+        def taken() -> Iterator[Record]:
+            nonlocal count
+            data, end, offset = segment.map, segment.end, segment.read_to
+            while offset + FRAME.size <= end and count < limit and len(held) < most:
+                length = FRAME.unpack_from(data, offset)[0]
+                if not length:
+                    break  # it is being frozen: the position is no longer the end
+                offset += FRAME.size
+                record = records.decode(data[offset : offset + length])
+                offset += length
+                if isinstance(record, tuple):
+                    if len(record) == 5:
+                        # One string for all turns of an agent, as the door has it.
+                        record = (record[0], agents.setdefault(record[1], record[1]), *record[2:])
+                    yield record
+                    count += 1
+                segment.read_to = offset
+
+        fold_all(taken())
         return count
 
     def _recount(self) -> None:

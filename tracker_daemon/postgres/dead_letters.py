@@ -145,6 +145,9 @@ async def retry(session: Session, thread_id: str | None) -> tuple[int, list[Stor
     """
     applied, refused = 0, list[StoredLetter]()
     for letter in await stored(session, thread_id):
+        if "unreadable" in letter.delta:
+            refused.append(letter)  # a message that was no batch: there is nothing to apply
+            continue
         key = {name: getattr(letter, name) for name in ("producer", "lane", "sequence", "thread_id")}
         try:
             async with session.connection.transaction():

@@ -1,47 +1,66 @@
 """Deltas as what Postgres takes: array literals for one statement, rows for COPY BINARY.
 
 Rules:
-1. Literals are made by hand: the driver's adaptation of lists costs four times as much.
+1. Literals and rows are made by hand, from rows as the window keeps them (`delta`): the driver's adaptation costs four
+   times as much, and objects in between as much again.
 2. Names of agents and resolutions recur: each distinct one is sent once, rows carry its number (from 1).
 3. What does not fit COPY's fixed columns (`fits_stage`) goes as arrays, which take everything the door lets in.
+4. What is made of one part of a batch holds the interpreter for that part: the caller lets go of it in between.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from operator import itemgetter
+from struct import Struct
 from typing import TYPE_CHECKING, Final
 
-from tracker_daemon.delta import COST_SCALE
+from tracker_daemon.delta import COST_SCALE, rows_of, unpacked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from tracker_daemon.delta import ThreadDelta
+    from tracker_daemon.delta import Row, ThreadDelta
 
 STAGE_NAME: Final = 120  # characters of thread_id in sql/stage.sql
 _BIGINT: Final = 2**63
-STAGE_TYPES: Final = ("text", "bool", "int8", "int8", "int8", "int4", "int8", "int8", "int4", "int8")
+_PARTS: Final = (
+    "thread_ids",
+    "ensured",
+    "first_us",
+    "last_turn_us",
+    "turns",
+    "agents",
+    "tokens",
+    "costs",
+    "resolution",
+    "resolved_us",
+)
+# PostgreSQL manual, "COPY", Binary Format: signature, flags and the length of an extension; -1 ends the rows.
+COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+COPY_END: Final = b"\xff\xff"
 
 
 class Numbering:
-    """Numbers distinct values from 1 in order of appearance."""
+    """Numbers distinct values from 1 in order of appearance.
 
-    def __init__(self) -> None:
-        self._numbers: dict[object, int] = {}
-        self.literals: list[str] = []
+    Args:
+        literal: how one stands in a `text[]`.
+    """
 
-    def of(self, value: str | tuple[str, ...] | None) -> int | None:
-        """Return the number of *value*, `None` for what is empty."""
-        if not value:
-            return None
-        number = self._numbers.get(value)
-        if number is None:
-            number = self._numbers[value] = len(self._numbers) + 1
-            self.literals.append(quoted(value if isinstance(value, str) else text_array(value)))
-        return number
+    def __init__(self, literal: Callable[[object], str]) -> None:
+        self._literal = literal
+        self.numbers: dict[object, int] = {}
+
+    def new(self, value: object) -> int:
+        """Return the number of *value*, which may be new."""
+        # Of many names a dict, which is no key.
+        key = tuple(value) if type(value) is dict else value
+        return self.numbers.setdefault(key, len(self.numbers) + 1)
 
     def array(self) -> str:
         """Return the distinct values as a `text[]` literal."""
-        return f"{{{','.join(self.literals)}}}"
+        return f"{{{','.join(map(self._literal, self.numbers))}}}"
 
 
 def quoted(text: str) -> str:
@@ -56,67 +75,152 @@ def text_array(values: Iterable[str]) -> str:
     return f"{{{','.join(map(quoted, values))}}}"
 
 
-def _array(values: Iterable[object]) -> str:
-    return f"{{{','.join(['NULL' if value is None else str(value) for value in values])}}}"
+def _name(value: object) -> str:
+    return quoted(str(value))
+
+
+def _names(value: object) -> str:
+    """Return the names of one row as an element of an array of literals."""
+    return quoted(text_array((value,) if isinstance(value, str) else value))  # type: ignore[arg-type]
+
+
+class Arrays:
+    """The parameters of sql/rows_arrays.sql and sql/merge.sql, made part by part."""
+
+    def __init__(self) -> None:
+        self._agents, self._resolutions = Numbering(_names), Numbering(_name)
+        self._parts: dict[str, list[str]] = {name: [] for name in _PARTS}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add some rows."""
+        ids, turns, tokens, units, first, last, agents, ensures, rares = zip(*rows, strict=True)
+        number = self._agents.new
+        columns = (
+            _texts(ids),
+            ",".join(["t" if count else "f" for count in ensures]),
+            ",".join(map(str, first)),
+            _numbers(last),
+            ",".join(map(str, turns)),
+            ",".join(["NULL" if names is None else str(number(names)) for names in agents]),
+            ",".join(map(str, tokens)),
+            _costs(rows, units),
+            *self._resolved(rares),
+        )
+        for name, text in zip(_PARTS, columns, strict=True):
+            self._parts[name].append(text)
+
+    def _resolved(self, rares: Sequence[tuple[object, ...] | None]) -> tuple[str, str]:
+        if not any(rares):
+            nothing = ",".join(["NULL"] * len(rares))
+            return nothing, nothing
+        names = [None if rare is None else rare[1] for rare in rares]
+        return (
+            _numbers([None if name is None else self._resolutions.new(name) for name in names]),
+            _numbers([None if rare is None else rare[2] for rare in rares]),
+        )
+
+    def parameters(self) -> dict[str, str]:
+        """Return what was added."""
+        return {name: f"{{{','.join(parts)}}}" for name, parts in self._parts.items()} | {
+            "agent_lists": self._agents.array(),
+            "resolutions": self._resolutions.array(),
+        }
 
 
 def arrays(deltas: Sequence[ThreadDelta]) -> dict[str, str]:
     """Return the parameters of sql/rows_arrays.sql and sql/merge.sql for *deltas*."""
-    agents, resolutions = Numbering(), Numbering()
-    return {
-        "thread_ids": text_array(delta.thread_id for delta in deltas),
-        "ensured": _array("t" if delta.ensures else "f" for delta in deltas),
-        "first_us": _array(delta.first_at for delta in deltas),
-        "last_turn_us": _array(delta.last_turn_at for delta in deltas),
-        "turns": _array(delta.turns for delta in deltas),
-        "agents": _array(agents.of(delta.agents) for delta in deltas),
-        "tokens": _array(delta.tokens for delta in deltas),
-        "costs": _array(_cost(delta) for delta in deltas),
-        "resolution": _array(resolutions.of(delta.resolution_type) for delta in deltas),
-        "resolved_us": _array(delta.resolved_at for delta in deltas),
-        "agent_lists": agents.array(),
-        "resolutions": resolutions.array(),
-    }
+    made, rows = Arrays(), rows_of(deltas)
+    if rows:
+        made.add(rows)
+    return made.parameters()
 
 
-def _cost(delta: ThreadDelta) -> str:
-    if delta.cost_rest is None and -_BIGINT < delta.cost_units < _BIGINT:
-        return f"{delta.cost_units}e-{COST_SCALE}"
-    return format(delta.cost, "f")
+def _texts(values: Sequence[str]) -> str:
+    text = '","'.join(values)
+    if "\\" in text or text.count('"') > 2 * (len(values) - 1):
+        return ",".join(map(quoted, values))
+    return f'"{text}"'
+
+
+def _numbers(values: Sequence[object]) -> str:
+    if None in values:
+        return ",".join(["NULL" if value is None else str(value) for value in values])
+    return ",".join(map(str, values))
+
+
+def _costs(rows: Sequence[Row], units: Sequence[int]) -> str:
+    if min(units) > -_BIGINT and max(units) < _BIGINT and not any(map(_rest, rows)):
+        return f"e-{COST_SCALE},".join(map(str, units)) + f"e-{COST_SCALE}"
+    return ",".join(map(_cost, rows))
+
+
+def _cost(row: Row) -> str:
+    if not _rest(row) and -_BIGINT < row[3] < _BIGINT:
+        return f"{row[3]}e-{COST_SCALE}"
+    return format(unpacked(row).cost, "f")
+
+
+def _rest(row: Row) -> bool:
+    return row[8] is not None and row[8][3] is not None
 
 
 def fits_stage(deltas: Sequence[ThreadDelta]) -> bool:
     """Say whether every delta fits the columns of sql/stage.sql."""
-    return all(
-        len(delta.thread_id) <= STAGE_NAME
-        and delta.cost_rest is None
-        and -_BIGINT < delta.cost_units < _BIGINT
-        and -_BIGINT < delta.tokens < _BIGINT
-        for delta in deltas
+    rows = rows_of(deltas)
+    return (
+        max(map(len, map(itemgetter(0), rows))) <= STAGE_NAME
+        and all(min(map(of, rows)) > -_BIGINT and max(map(of, rows)) < _BIGINT for of in map(itemgetter, (2, 3)))
+        and not any(map(_rest, rows))
     )
 
 
+@cache
+def _stage_row(*, turned: bool, named: bool, resolved: bool) -> Struct:
+    """Return what packs a row behind its thread_id: lengths and values, a length of -1 alone for NULL."""
+    last, agents = "iq" if turned else "i", "ii" if named else "i"
+    return Struct(f">i?iq{last}iq{agents}iqiq{'iiiq' if resolved else 'ii'}")
+
+
 class StageRows:
-    """Deltas as rows of sql/stage.sql; the distinct names are complete once the rows are used up."""
+    """Deltas as rows of sql/stage.sql in COPY's binary format; the distinct names are complete once all are made."""
 
     def __init__(self) -> None:
-        self._agents, self._resolutions = Numbering(), Numbering()
+        self._agents, self._resolutions = Numbering(_names), Numbering(_name)
 
-    def row(self, delta: ThreadDelta) -> tuple[object, ...]:
-        """Return one row, in the order of the columns."""
-        return (
-            delta.thread_id,
-            delta.ensures > 0,
-            delta.first_at,
-            delta.last_turn_at,
-            delta.turns,
-            self._agents.of(delta.agents),
-            delta.tokens,
-            delta.cost_units,
-            self._resolutions.of(delta.resolution_type),
-            delta.resolved_at,
+    def block(self, rows: Sequence[Row]) -> bytes:
+        """Return *rows*, one behind the other."""
+        head, pack = _HEAD.pack, _stage_row(turned=True, named=True, resolved=False).pack
+        known, number = self._agents.numbers, self._agents.new
+        made: list[bytes] = []
+        for row in rows:
+            thread_id, turns, tokens, units, first, last, agents, ensures, rare = row
+            name = thread_id.encode()
+            if last is None or agents is None or rare is not None or type(agents) is dict:
+                made += (head(10, len(name)), name, self._unusual(row))
+                continue
+            agent = known.get(agents) or number(agents)
+            made += (
+                head(10, len(name)),
+                name,
+                pack(1, ensures > 0, 8, first, 8, last, 8, turns, 4, agent, 8, tokens, 8, units, -1, -1),
+            )
+        return b"".join(made)
+
+    def _unusual(self, row: Row) -> bytes:
+        _, turns, tokens, units, first, last, agents, ensures, rare = row
+        resolution, at = (None, None) if rare is None else rare[1:3]
+        return _stage_row(turned=last is not None, named=agents is not None, resolved=at is not None).pack(
+            *(1, ensures > 0, 8, first),
+            *((-1,) if last is None else (8, last)),
+            *(8, turns),
+            *((-1,) if agents is None else (4, self._agents.new(agents))),
+            *(8, tokens, 8, units),
+            *((-1, -1) if at is None else (4, self._resolutions.new(resolution), 8, at)),
         )
 
     def parameters(self) -> dict[str, str]:
         """Return the remaining parameters of sql/merge.sql."""
         return {"agent_lists": self._agents.array(), "resolutions": self._resolutions.array()}
+
+
+_HEAD: Final = Struct(">hi")

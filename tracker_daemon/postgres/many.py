@@ -42,6 +42,7 @@ class ManySink(PostgresSink):
             SinkFault: nothing can be said of any of them; they come again.
         """
         await self._register(batches)
+        self.following = lambda batch: [delta for each in batches if each is not batch for delta in each.deltas]
         answers: dict[int, Applied | TrackerError] = {}
         # What failed alone before would only drag the others along: it goes alone again, and last.
         joined = {

@@ -9,9 +9,9 @@ Rules:
 4. Data that the database refuses is looked for by halving (`apart`), each half under a savepoint, all in one
    transaction: what stands alone is set aside as a dead letter, the rest commits with it.
 5. An error that may be about the table as well (`faults.IN_DOUBT`) is looked for in the same way, but only once the
-   same batch has failed by such a one three times, and sets nothing aside unless another row of the batch goes through.
-   Else the batch is held, and fails as before. So it is, until that is mended, with a batch whose only row fails so:
-   nothing tells it from a table at fault, and no later batch may pass it.
+   same batch has failed by such a one three times, and sets nothing aside unless another row goes through: of the
+   batch, or of what waits behind it (`Looks.following`), which is tried under a savepoint and rolled back. Else nothing
+   tells a bad row from a table at fault: the batch is held, and fails as before.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio.lowlevel
-
 from tracker_daemon.batch import Batch
+from tracker_daemon.breath import Breath
+from tracker_daemon.delta import rows_of
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.apart import Apart
@@ -33,7 +33,7 @@ from tracker_daemon.postgres.session import Session
 from tracker_daemon.sink import Applied, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from uuid import UUID
 
     from tracker_daemon.delta import ThreadDelta
@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
-_COPY_BREATH: Final = 256
+# Deltas encoded at once.
+_PART: Final = 500
+_LARGEST_PART: Final = 10_000
+# Deltas looked at once, which is quicker.
+_LOOKED_AT: Final = 2_500
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _TRIES_IN_DOUBT: Final = 3
@@ -75,7 +79,10 @@ class PostgresSink:
         self._last: dict[tuple[UUID, int], Opened] = {}
         self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
         """How often each batch failed on a sound connection by what may be about the table or about a row."""
+        self._breath = Breath(_PART, _LARGEST_PART)
         self._random = Random()  # noqa: S311 - which rows are tried first
+        self.following: Callable[[Batch], Sequence[ThreadDelta]] = lambda _: ()
+        """See `Looks`."""
 
     # -- the port ----------------------------------------------------------------------------------
 
@@ -122,12 +129,10 @@ class PostgresSink:
             if fault.kind == "timeout":
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
             if fault.kind in faults.IN_DOUBT and not session.connection.broken:
-                self._in_doubt[_identity(batch)] += 1
-                while len(self._in_doubt) > _MOST_IN_DOUBT:
-                    del self._in_doubt[next(iter(self._in_doubt))]
+                self._count_doubt(batch)
             raise fault from error
         self._timeout = self._first_timeout
-        self._in_doubt.pop(_identity(batch), None)
+        self._in_doubt.pop(identity_of(batch), None)
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
@@ -229,11 +234,20 @@ class PostgresSink:
         return await self._flush_apart(session, batch)
 
     def _by_copy(self, session: Session, deltas: Sequence[ThreadDelta]) -> bool:
-        return len(deltas) >= self._copy_from and session.may_stage and encoding.fits_stage(deltas)
+        if len(deltas) < self._copy_from or not session.may_stage:
+            return False
+        for start in range(0, len(deltas), _LOOKED_AT):
+            if not encoding.fits_stage(deltas[start : start + _LOOKED_AT]):
+                return False
+            self._breath.take()
+        return True
 
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
         cursor = session.cursor()
-        parameters = {**_key(batch), **encoding.arrays(batch.deltas)}
+        arrays = encoding.Arrays()
+        for part in self._breath.parts(rows_of(batch.deltas)):
+            arrays.add(part)
+        parameters = {**_key(batch), **arrays.parameters()}
         if session.pooled:
             await self._begin(session)
         # Else a transaction of its own: one round trip, and a peer that vanishes meanwhile leaves no lock behind.
@@ -251,15 +265,13 @@ class PostgresSink:
         await connection.execute(session.statements["stage"])
         rows = encoding.StageRows()
         async with cursor.copy("COPY tracker_stage_v1 FROM STDIN (FORMAT BINARY)") as copy:
-            copy.set_types(encoding.STAGE_TYPES)
-            for number, delta in enumerate(batch.deltas):
-                await copy.write_row(rows.row(delta))
-                if not number % _COPY_BREATH:
-                    await anyio.lowlevel.checkpoint()  # lets go of the interpreter
+            await copy.write(encoding.COPY_HEADER)
+            for part in self._breath.parts(rows_of(batch.deltas)):
+                await copy.write(rows.block(part))
+            await copy.write(encoding.COPY_END)
         # After the COPY: while the server waits for its rows no deadline runs there, and when the network goes then,
         # a lock held would keep every later try away.
-        await cursor.execute(session.statements["advance"], _key(batch))
-        if await cursor.fetchone() is None:
+        if not await self._advance(session, batch):
             await connection.rollback()
             return await self._not_moved(session, batch)
         await cursor.execute(session.statements.merging("merge_stage", batch), rows.parameters())
@@ -267,6 +279,11 @@ class PostgresSink:
         await connection.execute("COMMIT")
         assert row is not None  # a SELECT of counts
         return self._applied(batch, row[1], row[2])
+
+    async def _advance(self, session: Session, batch: Batch) -> bool:
+        cursor = session.cursor()
+        await cursor.execute(session.statements["advance"], _key(batch))
+        return await cursor.fetchone() is not None
 
     async def _begin(self, session: Session) -> None:
         # No pipeline: the server watches the time between two statements only after the Sync that ends each of them.
@@ -299,28 +316,32 @@ class PostgresSink:
 
     # -- bad data ----------------------------------------------------------------------------------
 
+    def _count_doubt(self, batch: Batch) -> None:
+        self._in_doubt[identity_of(batch)] += 1
+        while len(self._in_doubt) > _MOST_IN_DOUBT:
+            del self._in_doubt[next(iter(self._in_doubt))]
+
     def _doubts(self, batch: Batch) -> list[Exception] | None:
         """Return where errors go that may be about the table as well; `None`: they are not looked into yet."""
-        return [] if self._in_doubt[_identity(batch)] >= _TRIES_IN_DOUBT else None
+        return [] if self._in_doubt[identity_of(batch)] >= _TRIES_IN_DOUBT else None
 
     async def _flush_apart(self, session: Session, batch: Batch) -> Applied:
-        connection, cursor = session.connection, session.cursor()
+        connection = session.connection
         with session.deadline(self._timeout):
             await self._begin(session)
             # A deferred constraint would refuse the whole transaction at its end.
             await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            await cursor.execute(session.statements["advance"], _key(batch))
-            moved = await cursor.fetchone()
-            if moved is None:
+            if not await self._advance(session, batch):
                 await connection.rollback()
                 return await self._not_moved(session, batch)
         # In the order of the locks, so that the halves take them in order too.
         deltas = sorted(batch.deltas, key=lambda delta: delta.thread_id.encode())
         doubts = self._doubts(batch)
         apart = Apart(session, batch, self._timeout, doubts, self._merge_under_savepoint)
-        if doubts is None or await self._is_worth_halving(session, batch, deltas, doubts):
+        is_sound = doubts is not None and await self._goes_through(session, batch, self.following(batch), [])
+        if doubts is None or is_sound or await self._goes_through(session, batch, deltas, doubts) or not doubts:
             await apart.run(deltas)
-        if doubts and not apart.merged:
+        if doubts and not apart.merged and not is_sound:
             # Nothing goes through: the table may be at fault. What was set aside now would be everything.
             with session.deadline(self._timeout):
                 await connection.rollback()
@@ -330,13 +351,15 @@ class PostgresSink:
             await connection.execute("COMMIT")
         return self._applied(batch, apart.sent, apart.merged, tuple(apart.dead))
 
-    async def _is_worth_halving(
-        self, session: Session, batch: Batch, deltas: list[ThreadDelta], doubts: list[Exception]
+    async def _goes_through(
+        self, session: Session, batch: Batch, deltas: Sequence[ThreadDelta], doubts: list[Exception]
     ) -> bool:
         """Say whether one of a few rows goes through alone: a table at fault is not asked about each of them.
 
-        Picked at random, so that with more bad rows than good ones a later try finds a good one.
+        Nothing of it stays. Picked at random, so that with more bad rows than good ones a later try finds a good one.
         """
+        if not deltas:
+            return False
         with session.deadline(self._timeout):
             await session.connection.execute("SAVEPOINT probe")
         for delta in self._random.sample(deltas, min(_PROBES, len(deltas))):
@@ -352,7 +375,7 @@ class PostgresSink:
                 await session.connection.execute("ROLLBACK TO SAVEPOINT probe")
             if merged:
                 return True
-        return not doubts
+        return False
 
     async def _merge_under_savepoint(
         self, session: Session, batch: Batch, deltas: list[ThreadDelta]
@@ -366,7 +389,8 @@ class PostgresSink:
         return row[1], row[2]
 
 
-def _identity(batch: Batch) -> tuple[UUID, int, int, int]:
+def identity_of(batch: Batch) -> tuple[UUID, int, int, int]:
+    """Return what names *batch*."""
     return batch.producer, batch.lane, batch.epoch, batch.sequence
 
 

@@ -61,6 +61,8 @@ class Statements:
             "table": sql.Identifier(self.schema, self.table),
             "ledger": sql.Identifier(self.schema, "tracker_ledger"),
             "dead_letters": sql.Identifier(self.schema, "tracker_dead_letters"),
+            "partitions": sql.Identifier(self.schema, "tracker_partitions"),
+            "consumers": sql.Identifier(self.schema, "tracker_consumers"),
             "migrations": sql.Identifier(self.schema, "tracker_migrations"),
             "schema": sql.Identifier(self.schema),
         }

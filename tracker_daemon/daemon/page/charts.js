@@ -2,7 +2,8 @@
 //
 // Rules:
 // 1. Samples are kept by column as they come, in base units; units are converted where they are printed.
-// 2. One kind of chart: lines over WINDOW seconds. A second without an observation is a gap, not a zero.
+// 2. One kind of chart: lines over WINDOW seconds. A second without an observation is a gap, not a zero; an observation
+//    between two gaps is a dot. The figure beside a line is its newest observation, with its age.
 // 3. What is read at a moment is read in all charts at once.
 
 import { byId, count, draw, duration, make, mark, rate, short, shortDuration, span, timeOfDay, write } from "./text.js";
@@ -98,6 +99,14 @@ function path(at, values, top, close) {
   return parts.join("");
 }
 
+/** The points of a line that have a gap on either side, as dots. */
+function alone(at, values, top) {
+  const end = at.at(-1);
+  const is = (i) => values[i] !== null && (values[i - 1] ?? null) === null && (values[i + 1] ?? null) === null;
+  const dot = (i) => `M${(WINDOW - (end - at[i])).toFixed(2)} ${(HEIGHT * (1 - values[i] / top)).toFixed(2)}h0`;
+  return values.map((_, i) => (is(i) ? dot(i) : "")).join("");
+}
+
 /** Make a chart's figure and return how to draw it: lines over WINDOW seconds, the newest at the right edge. */
 function lineChart(chart) {
   const id = (part) => `${chart.id}-${part}`;
@@ -113,9 +122,10 @@ function lineChart(chart) {
   for (const y of [0, HEIGHT / 2, HEIGHT]) svg.append(draw("path", { class: "grid", d: `M0 ${y}H${WINDOW}` }));
   const area = draw("path", { class: "area" });
   const lines = chart.series.map((_, number) => draw("path", { class: `line line-${number}`, id: id(`line-${number}`) }));
+  const points = chart.series.map((_, number) => draw("path", { class: `alone line-${number}` }));
   const hair = draw("path", { class: "hair" });
   const dots = chart.series.map((_, number) => draw("path", { class: `dot line-${number}` }));
-  svg.append(area, ...lines.toReversed(), hair, ...dots);
+  svg.append(area, ...lines, ...points, hair, ...dots);
   const axis = ["top", "middle", "bottom"].map((place) => make("span", { class: place }));
   const plot = make("div", {
     class: "plot", id: id("plot"), role: "slider", tabindex: "0", "aria-orientation": "horizontal",
@@ -136,6 +146,7 @@ function lineChart(chart) {
     const top = roundUp(Math.max(...chart.series.map(({ column }) => peak(samples[column]))), chart.least);
     [top, top / 2, 0].forEach((value, place) => write(axis[place], value ? chart.axis(value) : "0"));
     lines.forEach((line, number) => mark(line, "d", path(at, samples[chart.series[number].column], top, false)));
+    points.forEach((point, number) => mark(point, "d", alone(at, samples[chart.series[number].column], top)));
     mark(area, "d", path(at, samples[chart.series[0].column], top, true));
     const i = indexOf(moment);
     const x = i < 0 ? 0 : WINDOW - (at.at(-1) - at[i]);
@@ -146,14 +157,19 @@ function lineChart(chart) {
     });
     for (const { series, value, note } of readings) {
       const values = samples[series.column];
-      write(value, i < 0 ? DASH : print(chart, values[i]));
+      // What is shown as now is the newest there is: most seconds of a quiet daemon have no flush.
+      const last = moment === null ? values.findLastIndex((each) => each !== null) : i;
+      const age = last < 0 ? 0 : Math.round(at.at(-1) - at[last]);
+      write(value, last < 0 ? DASH : print(chart, values[last]));
+      mark(value, "data-level", moment === null && age > 0 ? "off" : "");
       const limit = status?.queue_limit;
       if (series.column === "queue_threads" && limit) {
         const share = i < 0 ? 0 : values[i] / limit;
         write(note, `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} % of ${count(limit)}`);
         mark(note, "data-level", share >= 0.8 ? "warn" : "");
       } else {
-        write(note, known(values).length ? `max ${chart.format(peak(values))}` : "\u00a0");
+        const most = known(values).length ? `max ${chart.format(peak(values))}` : "\u00a0";
+        write(note, moment === null && age > 0 ? `${span(age)} ago, ${most}` : most);
       }
     }
     write(when, moment === null || i < 0 ? "now" : `${timeOfDay(at[i])}, ${span(Math.round(at.at(-1) - at[i]))} ago`);

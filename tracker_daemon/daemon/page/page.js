@@ -49,9 +49,10 @@ function list(node, rows) {
 
 function showLedger({ ledger }) {
   list(byId("ledger"), [
-    ["producer", String(ledger.producer || "none yet")],
+    ["producer", String(ledger.producer || "none yet"), ledger.producer ? "id" : ""],
     ["epoch", count(ledger.epoch)],
     ["sequence", count(ledger.sequence)],
+    ["clients' batches", count(ledger.relayed)],
     ["regressions", count(ledger.regressions), ledger.regressions ? "warn" : ""],
     ["fenced", ledger.fenced ? "yes: another process has taken over, nothing is written" : "no", ledger.fenced ? "bad" : ""],
   ]);
@@ -66,19 +67,29 @@ function showJournal({ journal }) {
   ]);
 }
 
-/** Errors with equal ones in a row as one: {at, from, class, text, times}. */
-function runs(errors) {
-  const found = [];
+/** Of a consumer: where each partition stands, in place of a producer's ledger and journal. */
+function showStream({ stream }) {
+  byId("stream-card").hidden = !stream;
+  byId("producer-cards").hidden = Boolean(stream);
+  list(byId("stream"), (stream ?? []).map((each) => {
+    if (!each.owned) return [`partition ${each.partition}`, "read by another consumer, or by none", "off"];
+    const filled = each.max_bytes > 0 ? `, ${size(each.bytes)} of ${size(each.max_bytes)}` : "";
+    const text = `applied ${count(each.position)}, ${count(each.lag)} behind${filled}`;
+    return [`partition ${each.partition}`, each.fault ? `${text}: ${each.fault}` : text, each.fault ? "bad" : ""];
+  }));
+}
+
+/** Errors with equal ones as one, where the newest of them stands: {at, from, class, text, times}. */
+function kinds(errors) {
+  const found = new Map();
   for (const error of errors) {
-    const last = found.at(-1);
-    if (last && last.class === error.class && last.text === error.text) {
-      last.times++;
-      last.from = error.at;
-    } else {
-      found.push({ ...error, from: error.at, times: 1 });
-    }
+    const name = JSON.stringify([error.class, error.text]);
+    const kind = found.get(name) ?? { ...error, times: 0 };
+    kind.times++;
+    kind.from = error.at;
+    found.set(name, kind);
   }
-  return found;
+  return [...found.values()];
 }
 
 function showErrors({ errors, now }) {
@@ -86,7 +97,7 @@ function showErrors({ errors, now }) {
   const state = JSON.stringify(errors);
   if (node.shown !== state) {
     node.shown = state;
-    node.replaceChildren(...runs(errors).map((error) => {
+    node.replaceChildren(...kinds(errors).map((error) => {
       const age = make("span", { class: "age" });
       age.at = error.at;
       const times = error.times > 1 ? `${count(error.times)} times since ${timeOfDay(error.from)}` : "";
@@ -123,6 +134,7 @@ function take(answer) {
   showTotals(status);
   showLedger(status);
   showJournal(status);
+  showStream(status);
   showErrors(status);
   showConfig(status);
   showCharts(status);

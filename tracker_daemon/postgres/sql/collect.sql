@@ -1,8 +1,9 @@
 -- Forget producers that are gone, by the database's clock: a day after a clean close, a month after the last sign. What
--- somebody else holds is left to the next one: this takes rows in no order, and must wait for none.
+-- somebody else holds is left to the next one: this takes rows in no order, and must wait for none. Where a partition of
+-- a stream stands is never forgotten: its row is closed in the year 9999.
 DELETE FROM {ledger}
 WHERE (producer, lane) IN (
     SELECT producer, lane FROM {ledger}
-    WHERE closed_at < now() - interval '1 day' OR updated_at < now() - interval '30 days'
+    WHERE closed_at < now() - interval '1 day' OR (closed_at IS NULL AND updated_at < now() - interval '30 days')
     FOR UPDATE SKIP LOCKED
 )

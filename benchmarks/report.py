@@ -1,0 +1,59 @@
+"""One table of all goals, from the JSON files of whatever was run; `--markdown` as the README has it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Return what every benchmark wrote, by its name."""
+    found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json")))
+    return {each["name"]: each for each in found}
+
+
+def table(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return the rows of the table: what, goal, measured, met or not."""
+    goals = sorted((goal for each in found.values() for goal in each["goals"]), key=lambda goal: goal["order"])
+    return [(g["what"], g["goal"], g["measured"], "met" if g["met"] else "**not met**") for g in goals]
+
+
+def settings(found: dict[str, Any]) -> str:
+    """Return under what it was measured, in a line."""
+    some = next((each for each in found.values() if each["database"]), next(iter(found.values())))
+    days = sorted({each["taken_at"][:10] for each in found.values()})
+    database = ", ".join(f"{name}={value}" for name, value in some["database"].items() if name != "server_version")
+    versions, machine = some["versions"], some["machine"]
+    server = some["database"].get("server_version", "?")
+    return (
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, {machine['cores']} cores ({machine['processor']}), Python "
+        f"{versions['python']}, PostgreSQL {server}, {database}, psycopg {versions.get('psycopg', '?')}"
+    )
+
+
+def main() -> None:
+    """Print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--markdown", action="store_true")
+    given = parser.parse_args()
+    found = results(given.results)
+    if not found:
+        raise SystemExit(f"{given.results} has no results: run the benchmarks first")
+    rows = table(found)
+    print(settings(found))
+    if any(each["quick"] for each in found.values()):
+        print("With --quick: these figures mean nothing.")
+    if given.markdown:
+        print("\n| what | goal | measured | |\n| --- | --- | --- | --- |")
+        for row in rows:
+            print(f"| {' | '.join(row)} |")
+        return
+    for what, goal, measured, met in rows:
+        print(f"\n{met.strip('*').upper():8}{what}\n{'':8}goal {goal}; measured {measured}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The messages of a batch: always the same ones, and together the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import NOW, costs, names
+from tracker_daemon.batch import Batch
+from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.stream import messages
+from tracker_daemon.wire import Malformed
+
+PRODUCER = UUID(int=7)
+
+
+@st.composite
+def deltas(draw: st.DrawFn) -> ThreadDelta:
+    """A delta of any kind of call, with few or very many agents."""
+    delta = ThreadDelta(draw(names()), NOW // 1_000)
+    if draw(st.booleans()):
+        delta.ensure(NOW // 1_000)
+    for _ in range(draw(st.integers(0, 3))):
+        delta.turn(draw(st.none() | names()), draw(st.integers(-(2**62), 2**62)), draw(costs()), NOW // 1_000)
+    if draw(st.booleans()):
+        delta.resolve(draw(names()), NOW // 1_000 + 5)
+    if draw(st.sampled_from([False, False, False, True])):
+        delta.use(f"agent {number}" for number in range(draw(st.integers(250, 1_100))))
+    return delta
+
+
+def merged(found: list[ThreadDelta]) -> dict[str, ThreadDelta]:
+    """Return the sum of each thread."""
+    sums: dict[str, ThreadDelta] = {}
+    for delta in found:
+        before = sums.get(delta.thread_id)
+        sums[delta.thread_id] = delta if before is None else before.merge(delta)
+    return sums
+
+
+@given(
+    st.lists(deltas(), max_size=8, unique_by=lambda delta: delta.thread_id),
+    st.integers(1, 5),
+    st.integers(1, 2**40),
+    st.booleans(),
+)
+def test_messages_are_the_batch(found: list[ThreadDelta], partitions: int, sequence: int, create_missing: bool) -> None:
+    """Read back, the messages hold every delta once, each in its thread's partition, under sequences that grow."""
+    batch = Batch(PRODUCER, 0, 3, sequence, tuple(found), create_missing)
+    made = messages.encode("chat", batch, partitions)
+    assert made == messages.encode("chat", batch, partitions)
+    back: list[ThreadDelta] = []
+    for partition, each in enumerate(made):
+        last = 0
+        for message in each:
+            entry = messages.decode(message.headers, message.body, partition)
+            assert entry.create_missing == create_missing
+            assert (entry.producer, entry.lane, entry.epoch) == (PRODUCER, partition + 1, 0)
+            assert messages.batch_of(entry.sequence) == sequence
+            assert entry.sequence > last
+            last = entry.sequence
+            assert message.subject == f"chat.{partition}.{PRODUCER.hex}"
+            assert {messages.partition_of(delta.thread_id, partitions) for delta in entry.deltas} == {partition}
+            assert len(message.body) <= messages.MESSAGE_BYTES
+            back += entry.deltas
+    assert merged(back) == {delta.thread_id: delta for delta in found}
+
+
+def test_large_batches_are_cut() -> None:
+    """A batch of many deltas becomes several messages, each within the bound, in order."""
+    found = [ThreadDelta(f"{number:0500}", NOW // 1_000) for number in range(2_000)]
+    for delta in found:
+        delta.ensure(NOW // 1_000)
+    [made] = messages.encode("chat", Batch(PRODUCER, 0, 1, 1, tuple(found)), 1)
+    assert len(made) > 3
+    assert [int(message.headers["tracker-sequence"]) for message in made] == [65_536 + n for n in range(len(made))]
+    threads = [d.thread_id for m in made for d in messages.decode(m.headers, m.body, 0).deltas]
+    assert threads == [delta.thread_id for delta in found]
+
+
+def test_partitions_never_change() -> None:
+    """The hash is part of the protocol: these threads are where they were when the first message was published."""
+    found = {name: messages.partition_of(name, 16) for name in ("t-1", "t-2", "é", "日本", "", "\U0001f600")}
+    assert found == {"t-1": 11, "t-2": 1, "é": 14, "日本": 12, "": 0, "\U0001f600": 4}
+
+
+def good() -> messages.Message:
+    """Return a message of partition 0."""
+    delta = ThreadDelta("t", NOW // 1_000)
+    delta.ensure(NOW // 1_000)
+    return messages.encode("chat", Batch(PRODUCER, 0, 1, 1, (delta,)), 1)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "partition"),
+    [
+        ({"tracker-format": ""}, None, 0),
+        ({"tracker-producer": "x"}, None, 0),
+        ({"tracker-sequence": "0"}, None, 0),
+        ({"tracker-epoch": "1"}, None, 0),
+        ({}, b"nonsense", 0),
+        ({}, None, 1),
+    ],
+)
+def test_what_is_no_message(headers: dict[str, str], body: bytes | None, partition: int) -> None:
+    """A message that is none of ours, or of another partition, is told and not taken for one."""
+    message = good()
+    changed = replace(message, headers={**message.headers, **headers}, body=message.body if body is None else body)
+    with pytest.raises(Malformed):
+        messages.decode(changed.headers, changed.body, partition)
+
+
+def test_newer_format() -> None:
+    """What a newer version wrote is not guessed at."""
+    message = good()
+    with pytest.raises(messages.Newer, match="format 2"):
+        messages.decode({**message.headers, "tracker-format": "2"}, message.body, 0)

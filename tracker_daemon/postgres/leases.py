@@ -1,0 +1,159 @@
+"""Who reads which partition of a stream, by the database's clock.
+
+Rules:
+1. A lease says who should read a partition; that nobody else can write is the position's epoch, which a claim raises.
+2. A position that should be there and is not, or is of another stream, is refused: never begun anew, never guessed.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from tracker_daemon.errors import SchemaError, TrackerError
+from tracker_daemon.postgres.partitions import Place
+from tracker_daemon.postgres.sink import PostgresSink
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Who reads what, as the database has it now.
+
+    Attributes:
+        owned: partitions of this consumer.
+        free: partitions of nobody.
+        members: every consumer that is there, in one order for all.
+    """
+
+    owned: frozenset[int]
+    free: tuple[int, ...]
+    members: tuple[UUID, ...]
+
+
+class Leases(PostgresSink):
+    """The leases of one stream; used by one task.
+
+    Args:
+        stream: its name.
+        partitions: how many.
+        consumer: this one.
+        lease: seconds for which a claim holds without being renewed.
+    """
+
+    def __init__(
+        self, *arguments: Any, stream: str, partitions: int, consumer: UUID, lease: float, **settings: Any
+    ) -> None:
+        super().__init__(*arguments, **settings)
+        self._names = {"stream": stream, "partitions": partitions, "consumer": consumer, "lease": lease}
+        self._stream = stream
+
+    async def prepare(self) -> None:
+        """See that there is a row for each partition.
+
+        Raises:
+            SchemaError: the tables are not there.
+        """
+        await self._execute("partition_rows")
+
+    async def beat(self) -> Standing:
+        """Say that this consumer is there, renew its leases, and return who reads what."""
+        await self._execute("lease_beat")
+        owned = await self._execute("lease_renew")
+        free = await self._execute("lease_free")
+        members = await self._execute("lease_members")
+        return Standing(
+            frozenset(row[0] for row in owned), tuple(row[0] for row in free), tuple(row[0] for row in members)
+        )
+
+    async def collect(self) -> None:
+        """Forget producers that are gone."""
+        await self._execute("collect")
+
+    async def claim(self, partition: int, lane: int, created: str) -> Place | None:
+        """Become the owner of a partition; `None`: another one was faster.
+
+        Raises:
+            SchemaError: its position is of an earlier stream of that name, or is gone; it says what to do.
+        """
+        session = await self._connected()
+        names = {**self._names, "partition": partition, "created": created}
+        producer = self._producer(created)
+        try:
+            with session.deadline(self._timeout):
+                async with session.connection.transaction():
+                    cursor = session.cursor()
+                    await cursor.execute(session.statements["lease_claim"], names)
+                    row = await cursor.fetchone()
+                    if row is None:
+                        return None
+                    before = row[0]
+                    if before is not None and before != created:
+                        raise SchemaError(
+                            f"partition {partition} of the stream {self._stream} was made {created}, the database has "
+                            f"applied one made {before}: it was deleted and made again, or these are other servers. "
+                            "What the old one held and was not applied is not in the new one. To go on with it: "
+                            "tracker-daemon stream adopt --stream URL --database URL"
+                        )
+                    await cursor.execute(session.statements["lease_created"], names)
+                    where = {"producer": producer, "lane": lane, "known": before is not None}
+                    await cursor.execute(session.statements["take_position"], where)
+                    row = await cursor.fetchone()
+                    if row is None:
+                        raise SchemaError(
+                            f"the position of partition {partition} of the stream {self._stream} is gone from "
+                            "tracker_ledger, which was truncated. What of the log was applied cannot be known; to "
+                            "apply all that is still in it, and what was applied already by producers that the ledger "
+                            "does not know once more: tracker-daemon stream adopt --stream URL --database URL"
+                        )
+                    return Place(producer, lane, *row)
+        except SchemaError:
+            raise
+        except Exception as error:
+            raise await self._failed(session, error, f"claiming partition {partition}") from error
+
+    async def release(self, partition: int) -> None:
+        """Give a partition up."""
+        await self._execute("lease_release", partition=partition)
+
+    async def adopt(self, partition: int, lane: int, created: str, first: int) -> None:
+        """Take a partition as it is now, with a log that begins at *first*, whatever it was when it was read last."""
+        where = {"producer": self._producer(created), "lane": lane, "position": first - 1}
+        await self._execute("adopt_position", **where)
+        await self._execute("lease_created", partition=partition, created=created)
+
+    async def positions(self, partitions: dict[int, tuple[int, str]]) -> dict[int, int]:
+        """Return how far each partition is applied, where that is known; they are given by lane and creation."""
+        found: dict[int, int] = {}
+        for partition, (lane, created) in partitions.items():
+            rows = await self._execute("position", producer=self._producer(created), lane=lane)
+            if rows:
+                found[partition] = rows[0][1]
+        return found
+
+    def _producer(self, created: str) -> UUID:
+        return uuid5(NAMESPACE_URL, f"nats:{self._stream}/{created}")
+
+    async def leave(self) -> None:
+        """Say that this consumer goes, and let go of the connection."""
+        with suppress(TrackerError):  # the leases end by themselves
+            await self._execute("lease_leave")
+        await self._drop()
+
+    async def disconnect(self) -> None:
+        """Let go of the connection."""
+        await self._drop()
+
+    async def _execute(self, name: str, **more: Any) -> list[tuple[Any, ...]]:
+        session = await self._connected()
+        try:
+            with session.deadline(self._timeout):
+                cursor = session.cursor()
+                await cursor.execute(session.statements[name], {**self._names, **more})
+                return await cursor.fetchall() if cursor.description else []
+        except Exception as error:
+            fault = await self._failed(session, error, "looking after the leases")
+            if getattr(error, "sqlstate", None) == "42P01":
+                raise SchemaError(f"{fault}. To mend it: run `tracker-daemon migrate --database URL`") from error
+            raise fault from error

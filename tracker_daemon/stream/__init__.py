@@ -1,0 +1,1 @@
+"""The replicated stream between trackers and the database: NATS JetStream."""

@@ -1,0 +1,164 @@
+"""What an operator does with a stream: make it, look at it, take it as it is."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from tracker_daemon.errors import SchemaError
+from tracker_daemon.postgres.connection import Connector
+from tracker_daemon.postgres.leases import Leases
+from tracker_daemon.sink import SinkFault
+from tracker_daemon.stream.broker import Broker
+from tracker_daemon.stream.facts import DEFAULT_WINDOW
+from tracker_daemon.stream.messages import lane_of, stream_of
+
+if TYPE_CHECKING:
+    from tracker_daemon.stream.address import Address
+    from tracker_daemon.stream.facts import Facts, Limits
+
+_PATIENCE = 30.0
+_ELECTION = 5.0
+_NOBODY = UUID(int=0)
+
+
+async def create(address: Address, partitions: int, limits: Limits) -> list[str]:
+    """Make the stream, or what is missing of it; return what was made.
+
+    Raises:
+        SchemaError: it is there with another number of partitions.
+        SinkFault: the servers cannot do it now.
+    """
+    broker = Broker(address)
+    made: list[str] = []
+    try:
+        first = await _patiently(lambda: broker.facts(0))
+        if first is not None and first.partitions != partitions:
+            raise SchemaError(
+                f"the stream {address.name} is there with {first.partitions} partitions, not {partitions}. Their "
+                "number cannot change: threads would change their partition. Make a stream of another name, let the "
+                "trackers publish there, and delete this one once consumers have applied all of it"
+            )
+        for number in range(partitions):
+            if await _patiently(lambda number=number: broker.facts(number)) is None:
+                await _patiently(lambda number=number: broker.create(number, partitions, limits))
+                made.append(stream_of(address.name, number))
+        await _spread_leaders(broker, partitions)
+    finally:
+        await broker.aclose()
+    return made
+
+
+async def _patiently(do: Any) -> Any:
+    """Try again for a while: a cluster that has just begun has no leader yet."""
+    time = asyncio.get_running_loop().time
+    until = time() + _PATIENCE
+    while True:
+        try:
+            return await do()
+        except SinkFault as fault:
+            if fault.kind not in ("connection", "timeout") or time() > until:
+                raise
+        await asyncio.sleep(0.5)
+
+
+async def _spread_leaders(broker: Broker, partitions: int) -> None:
+    """Let each server lead its share; the servers themselves do not see to that."""
+    facts = await _patiently(broker.partitions)
+    servers = sorted({name for each in facts for name in each.peers})
+    for each in facts[:partitions]:
+        preferred = servers[each.partition % len(servers)] if servers else ""
+        if preferred and each.leader != preferred and preferred in each.peers:
+            await broker.step_down(each.partition, preferred)
+            await _led(broker, each.partition, preferred)
+
+
+async def _led(broker: Broker, partition: int, preferred: str) -> None:
+    """Wait until a partition is led again, for a while; by *preferred* if it comes to that."""
+    time = asyncio.get_running_loop().time
+    until = time() + _ELECTION
+    while time() < until:
+        with suppress(SinkFault):
+            facts = await broker.facts(partition)
+            if facts is not None and facts.leader == preferred:
+                return
+        await asyncio.sleep(0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A partition's state, and what is wrong with it."""
+
+    facts: Facts
+    position: int | None
+    faults: tuple[str, ...]
+
+
+async def status(address: Address, database: str | None, table: tuple[str | None, str]) -> list[Seen]:
+    """Return every partition's state; with *database* also how far it is applied.
+
+    Raises:
+        SchemaError: the stream is not there, or its partitions disagree.
+        SinkFault: the servers, or the database, do not answer.
+    """
+    broker = Broker(address)
+    try:
+        found = await broker.partitions()
+    finally:
+        await broker.aclose()
+    positions: dict[int, int] = {}
+    if database is not None:
+        leases = _leases(address, database, table, len(found))
+        try:
+            positions = await leases.positions(
+                {each.partition: (lane_of(each.partition), each.created) for each in found}
+            )
+        finally:
+            await leases.disconnect()
+    return [Seen(each, positions.get(each.partition), _faults(each, positions, database)) for each in found]
+
+
+def _faults(facts: Facts, positions: dict[int, int], database: str | None) -> tuple[str, ...]:
+    faults = list(facts.faults)
+    if not facts.leader and facts.replicas > 1:
+        faults.append("it has no leader")
+    if facts.duplicate_window < DEFAULT_WINDOW:
+        faults.append(f"duplicate_window is {facts.duplicate_window:g} s: repeats are stored, and told in the database")
+    if facts.current < facts.replicas:
+        faults.append(f"only {facts.current} of {facts.replicas} replicas follow")
+    if facts.max_bytes > 0 and facts.bytes > facts.max_bytes * 0.9:
+        faults.append(f"it is {facts.bytes / facts.max_bytes:.0%} full: publishers will have to wait")
+    if database is not None:
+        position = positions.get(facts.partition)
+        if position is None:
+            if facts.first > 1:
+                faults.append("the database has applied nothing of it, and its log has been purged")
+        elif facts.last < position:
+            faults.append(f"its log ends at {facts.last}, and {position} is applied")
+        elif facts.first > position + 1:
+            faults.append(f"its log begins at {facts.first}, and only {position} is applied")
+    return tuple(faults)
+
+
+async def adopt(address: Address, database: str, table: tuple[str | None, str]) -> list[str]:
+    """Let consumers go on with the stream as it is now; return what was adopted, a line a partition."""
+    broker = Broker(address)
+    try:
+        found = await broker.partitions()
+    finally:
+        await broker.aclose()
+    leases = _leases(address, database, table, len(found))
+    try:
+        await leases.prepare()
+        for each in found:
+            await leases.adopt(each.partition, lane_of(each.partition), each.created, each.first)
+    finally:
+        await leases.disconnect()
+    return [f"{stream_of(address.name, each.partition)} made {each.created}" for each in found]
+
+
+def _leases(address: Address, database: str, table: tuple[str | None, str], partitions: int) -> Leases:
+    return Leases(Connector(database), table, stream=address.name, partitions=partitions, consumer=_NOBODY, lease=0.0)
