@@ -133,15 +133,17 @@ class Journal(Retention):
             with self._attaching:
                 if self._lock is None:
                     self._attach()
-        if self.bytes + size > self.quota:
-            self.trim(make_room=size)
-            if (taken := self.bytes) + size > self.quota:
-                raise JournalError(
-                    f"the journal's quota is used up: {taken} of {self.quota} bytes, and {size} more are needed"
-                )
         path = self.directory / open_name(self.producer, header.number)
-        segment = Segment(header, size, path)
-        self._sizes[path] = size
+        self._sizes[path] = size  # before looking: of two that want room at once none may pass the quota
+        try:
+            if self.bytes > self.quota:
+                self.trim(make_room=True)
+            if (taken := self.bytes - size) + size > self.quota:
+                raise JournalError(f"the journal's quota is used up: {taken} of {self.quota} bytes, {size} more needed")
+            segment = Segment(header, size, path)
+        except BaseException:
+            del self._sizes[path]
+            raise
         self._names_changed = True
         if self.degraded and (not header.anew or self.queue.on_disk):
             self.degraded = self._told = False
@@ -212,8 +214,9 @@ class Journal(Retention):
         except OSError as error:  # the name alone: what is in the file tells the same
             self.errors["rename"] += 1
             self._say("warning", "journal_rename_failed", path=str(before), error=str(error))
-        self._sizes.pop(before, None)
-        self._sizes[segment.path] = segment.size
+        self._sizes[before] = self._sizes[segment.path] = segment.size
+        if segment.path != before:
+            del self._sizes[before]
         self._names_changed = True
         return os.path.exists(segment.path)  # noqa: PTH110 - where nobody may look it is False
 
