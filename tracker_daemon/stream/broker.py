@@ -78,6 +78,20 @@ class _Asked:
     found: list[Raw] = field(default_factory=list)
 
 
+class _Client(Client):
+    """A client that says nothing, a login least of all, to a server without TLS where `tls:` was asked for.
+
+    The driver's own encrypts when the server asks for it, and else goes on in clear.
+    """
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        server = self._current_server
+        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
+            where = f"{server.uri.hostname}:{server.uri.port}"
+            raise nats.errors.Error(f"the server at {where} has no TLS, which tls: asks for: nothing was sent")
+        await super()._process_info(info, initial_connection)
+
+
 class Broker:
     """A connection to the servers of *address*, made when it is first needed."""
 
@@ -125,7 +139,7 @@ class Broker:
             login = {"user": address.user, "password": address.password}
         if address.credentials is not None:
             login["user_credentials"] = str(address.credentials)
-        client = Client()
+        client = _Client()
         try:
             async with asyncio.timeout(_CONNECT):
                 await client.connect(

@@ -1,0 +1,69 @@
+"""What a connection to the brokers needs, and what it never says."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from nkeys import PREFIX_BYTE_USER, encode_seed
+
+from tests.stream.conftest import make_stream
+from tracker_daemon.sink import SinkFault
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.stream.cluster import Cluster
+
+_INFO = json.dumps({"server_id": "x", "version": "2.11.0", "max_payload": 1 << 20, "proto": 1, "headers": True})
+
+
+def test_tls_is_refused_without_tls(cluster: Cluster) -> None:
+    """A server that has no TLS is not spoken to in clear where tls: was asked for."""
+    url = cluster.url("plain").replace("nats://", "tls://")
+    with pytest.raises(SinkFault, match="no TLS, which tls: asks for"):
+        make_stream(url, 1)
+
+
+def test_no_login_in_clear() -> None:
+    """A login goes to nobody without TLS where tls: was asked for: not a byte is sent."""
+    heard = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            while True:
+                try:
+                    peer, _ = listening.accept()
+                except OSError:
+                    return
+                peer.settimeout(0.2)  # whoever says nothing is let go of, and comes again
+                with peer, suppress(OSError):
+                    peer.sendall(f"INFO {_INFO}\r\n".encode())
+                    while data := peer.recv(4_096):
+                        heard.extend(data)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        port = listening.getsockname()[1]
+        try:
+            with pytest.raises(SinkFault, match="nothing was sent"):
+                make_stream(f"tls://me:secret-word@127.0.0.1:{port}/x", 1)
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    assert not heard
+
+
+def test_credentials_can_be_read(cluster: Cluster, tmp_path: Path) -> None:
+    """A file of credentials is used: what signs with its seed comes with the extra."""
+    seed = encode_seed(bytes(range(32)), PREFIX_BYTE_USER).decode()
+    file = tmp_path / "user.creds"
+    file.write_text(
+        "-----BEGIN NATS USER JWT-----\neyJ0eXAiOiJKV1QifQ.e30.c2ln\n------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+    )
+    assert len(make_stream(f"{cluster.url('by-credentials')}?credentials={file}", 1)) == 1
