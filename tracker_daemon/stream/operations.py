@@ -13,16 +13,18 @@ from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.leases import Leases
 from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.broker import Broker
-from tracker_daemon.stream.facts import DEFAULT_WINDOW
+from tracker_daemon.stream.facts import DEFAULT_WINDOW, misfit
 from tracker_daemon.stream.messages import lane_of, stream_of
 
 if TYPE_CHECKING:
+    from tracker_daemon.postgres.partitions import Place
     from tracker_daemon.stream.address import Address
     from tracker_daemon.stream.facts import Facts, Limits
 
 _PATIENCE = 30.0
 _ELECTION = 5.0
 _NOBODY = UUID(int=0)
+_ADOPT = "To go on with it as it is: tracker-daemon stream adopt --stream URL --database URL"
 
 
 async def create(address: Address, partitions: int, limits: Limits) -> list[str]:
@@ -105,23 +107,30 @@ async def status(address: Address, database: str | None, table: tuple[str | None
         SinkFault: the servers, or the database, do not answer.
     """
     broker = Broker(address)
+    seen: list[Seen] = []
     try:
         found = await broker.partitions()
-    finally:
-        await broker.aclose()
-    positions: dict[int, int] = {}
-    if database is not None:
+        if database is None:
+            return [Seen(each, None, tuple(_faults(each))) for each in found]
         leases = _leases(address, database, table, len(found))
         try:
-            positions = await leases.positions(
-                {each.partition: (lane_of(each.partition), each.created) for each in found}
-            )
+            places, creations = await leases.places(_lanes(found)), await leases.creations()
         finally:
             await leases.disconnect()
-    return [Seen(each, positions.get(each.partition), _faults(each, positions, database)) for each in found]
+        for each in found:
+            place, before = places.get(each.partition), creations.get(each.partition)
+            faults = [*_faults(each), *await _refusals(broker, each, place, before)]
+            seen.append(Seen(each, None if place is None else place.position, tuple(faults)))
+    finally:
+        await broker.aclose()
+    return seen
 
 
-def _faults(facts: Facts, positions: dict[int, int], database: str | None) -> tuple[str, ...]:
+def _lanes(found: list[Facts]) -> dict[int, tuple[int, str]]:
+    return {each.partition: (lane_of(each.partition), each.created) for each in found}
+
+
+def _faults(facts: Facts) -> list[str]:
     faults = list(facts.faults)
     if not facts.leader and facts.replicas > 1:
         faults.append("it has no leader")
@@ -131,16 +140,25 @@ def _faults(facts: Facts, positions: dict[int, int], database: str | None) -> tu
         faults.append(f"only {facts.current} of {facts.replicas} replicas follow")
     if facts.max_bytes > 0 and facts.bytes > facts.max_bytes * 0.9:
         faults.append(f"it is {facts.bytes / facts.max_bytes:.0%} full: publishers will have to wait")
-    if database is not None:
-        position = positions.get(facts.partition)
-        if position is None:
-            if facts.first > 1:
-                faults.append("the database has applied nothing of it, and its log has been purged")
-        elif facts.last < position:
-            faults.append(f"its log ends at {facts.last}, and {position} is applied")
-        elif facts.first > position + 1:
-            faults.append(f"its log begins at {facts.first}, and only {position} is applied")
-    return tuple(faults)
+    return faults
+
+
+async def _refusals(broker: Broker, facts: Facts, place: Place | None, before: str | None) -> list[str]:
+    """Return why a consumer would not read a partition; *before*: the creation of the one that was read."""
+    if before is not None and before != facts.created:
+        return [f"it was made {facts.created}, the database has applied one made {before}. {_ADOPT}"]
+    if place is None and before is not None:
+        return [f"its position is gone from tracker_ledger, which was truncated. {_ADOPT}"]
+    if place is None:
+        gone = "the database has applied nothing of it, and its log has been purged"
+        return [f"{gone}. {_ADOPT}"] if facts.first > 1 else []
+    words = await _misfit(broker, facts, place)
+    return [] if words is None else [words]
+
+
+async def _misfit(broker: Broker, facts: Facts, place: Place) -> str | None:
+    found = None if place.stamp is None else await broker.stamp_at(facts.partition, place.position)
+    return misfit(stream_of(broker.address.name, facts.partition), facts, place.position, place.stamp, found)
 
 
 async def adopt(address: Address, database: str, table: tuple[str | None, str]) -> list[str]:
@@ -148,15 +166,19 @@ async def adopt(address: Address, database: str, table: tuple[str | None, str]) 
     broker = Broker(address)
     try:
         found = await broker.partitions()
+        leases = _leases(address, database, table, len(found))
+        try:
+            await leases.prepare()
+            places = await leases.places(_lanes(found))
+            for each in found:
+                place = places.get(each.partition)
+                # A log that does not fit begins at its first message: what of it was applied its producers' rows tell.
+                again = place is not None and await _misfit(broker, each, place) is not None
+                await leases.adopt(each.partition, lane_of(each.partition), each.created, each.first, again=again)
+        finally:
+            await leases.disconnect()
     finally:
         await broker.aclose()
-    leases = _leases(address, database, table, len(found))
-    try:
-        await leases.prepare()
-        for each in found:
-            await leases.adopt(each.partition, lane_of(each.partition), each.created, each.first)
-    finally:
-        await leases.disconnect()
     return [f"{stream_of(address.name, each.partition)} made {each.created}" for each in found]
 
 
