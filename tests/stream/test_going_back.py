@@ -7,6 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from tests.helpers import query, wait_until
@@ -14,9 +15,9 @@ from tests.stream.cluster import Cluster
 from tests.stream.conftest import make_stream
 from tests.stream.harness import Consuming
 from tests.stream.test_command import run
-from tests.stream.test_consumer import faults, publish
+from tests.stream.test_consumer import faults, owned, publish
 from tests.stream.test_sink import delete, log_ends, opened_broker, total
-from tracker_daemon.stream.messages import Message
+from tracker_daemon.stream.messages import Message, stream_of, subject_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,6 +115,111 @@ def test_status_of_what_is_refused(stream: str, database: str) -> None:
     assert (code, said.count("has applied one made")) == (1, 2), said
     adopt(stream, database)
     assert status(stream, database)[0] == 0
+
+
+def test_adopted_while_it_is_read(stream: str, database: str) -> None:
+    """A consumer that reads a stream made again goes on when it is adopted, without being started anew."""
+    publish(stream, uuid4(), 1)
+    with Consuming(stream, database) as consuming:
+        wait_until(lambda: total(database) == 1, "the first batch")
+        asyncio.run(delete(stream))
+        make_stream(stream, 2)
+        publish(stream, uuid4(), 2)
+        wait_until(lambda: "stream adopt" in faults(consuming), "the refusal")
+        adopt(stream, database)
+        wait_until(lambda: total(database) == 1 + 4, "the second batch")
+        wait_until(lambda: not any(each.fault for each in consuming.consumer.partitions), "no fault")
+
+
+def test_leases_that_are_gone_come_back(stream: str, database: str) -> None:
+    """Consumers whose rows were truncated away claim their partitions again."""
+    with Consuming(stream, database) as consuming:
+        wait_until(lambda: len(owned(consuming)) == 2, "both partitions")
+        with psycopg.connect(database) as connection:
+            connection.execute("TRUNCATE tracker_partitions, tracker_consumers")
+        publish(stream, uuid4(), 1)
+        owners = "SELECT count(*) FROM tracker_partitions WHERE owner IS NOT NULL"
+        wait_until(lambda: query(database, owners) == [(2,)], "both partitions again")
+        wait_until(lambda: total(database) == 1, "the batch")
+
+
+def test_a_hole_in_the_log(stream: str, database: str) -> None:
+    """Where somebody purged what was not applied, what stands before is applied; it is said, and adopted what is behind."""
+    gone = uuid4()
+    publish(stream, uuid4(), 1)
+    publish(stream, gone, 2)
+    publish(stream, uuid4(), 3)
+
+    async def purge() -> None:
+        async with opened_broker(stream) as broker:
+            js, name = await broker._js(), broker.address.name
+            for partition in range(2):
+                await js.purge_stream(stream_of(name, partition), subject=subject_of(name, partition, gone))
+
+    asyncio.run(purge())
+    with Consuming(stream, database) as consuming:
+        wait_until(lambda: "purge of a subject" in faults(consuming), "the refusal")
+        wait_until(lambda: total(database) == 1, "what is before it")
+        code, said = status(stream, database)
+        assert (code, said.count("follows 1")) == (1, 2), said
+        adopt(stream, database)
+        wait_until(lambda: total(database) == 1 + 16, "what is behind it")
+
+
+def test_without_a_leader_nothing_is_told(database: str, tmp_path: Path) -> None:
+    """While nobody leads a partition it waits, and what a replica says that is behind is not taken for the log."""
+    with Cluster(tmp_path / "nats") as three:
+        url = three.url("s")
+        make_stream(url, 1)
+        for _ in range(3):
+            publish(url, uuid4(), 1)
+        with Consuming(url, database) as consuming:
+            wait_until(lambda: total(database) == 3, "the batches")
+            three.kill(0, 1)
+            wait_until(lambda: "no leader" in faults(consuming), "the loss of the leader")
+            # What a replica that lacks the log's end would have it compared with.
+            query(database, "UPDATE tracker_ledger SET applied_sequence = 9 WHERE epoch > 0 RETURNING 1")
+            seen = len(consuming.errors)
+            wait_until(lambda: len(consuming.errors) > seen + 2, "more looks")
+            assert "older copy" not in faults(consuming)
+            done = run("stream", "adopt", "--stream", url, "--database", database)
+            assert done.exit_code == 1
+            query(database, "UPDATE tracker_ledger SET applied_sequence = 3 WHERE epoch > 0 RETURNING 1")
+            three.start()
+            wait_until(lambda: status(url, database)[0] == 0, "a leader")
+            publish(url, uuid4(), 1)
+            wait_until(lambda: total(database) == 4, "all batches")
+
+
+def test_a_login_is_not_sent_in_clear(cluster: Cluster) -> None:
+    """Where the URL asks for TLS a server without it gets no login, and it is said."""
+    done = run("stream", "status", "--stream", f"tls://me:secret@127.0.0.1:{cluster.ports[0]}/first")
+    assert (done.exit_code, "does not encrypt" in done.output, "secret" in done.output) == (1, True, False), done.output
+
+
+def test_an_older_copy_of_the_database_before_a_purge(stream: str, database: str) -> None:
+    """What a database has forgotten while nothing came is not purged: it is asked right before."""
+    producer = uuid4()
+
+    async def firsts() -> list[int]:
+        async with opened_broker(stream) as broker:
+            return [facts.first for facts in await broker.partitions()]
+
+    with Consuming(stream, database, retain=4.0) as consuming:
+        publish(stream, producer, 1)
+        wait_until(lambda: total(database) == 1, "the first batch")
+        with psycopg.connect(database) as connection:
+            for name in ("conversations", "tracker_ledger"):
+                connection.execute(f"CREATE TABLE saved_{name} AS TABLE {name}")
+        publish(stream, producer, 2, 3)
+        wait_until(lambda: total(database) == 1 + 4 + 16, "all batches")
+        with psycopg.connect(database) as connection:
+            for name in ("conversations", "tracker_ledger"):
+                connection.execute(f"DELETE FROM {name}")
+                connection.execute(f"INSERT INTO {name} TABLE saved_{name}")
+        wait_until(lambda: total(database) == 1 + 4 + 16, "what was forgotten")
+        assert consuming.consumer.numbers.regressions == 2
+        wait_until(lambda: asyncio.run(firsts()) == [3, 3], "the purge of all but the last")
 
 
 def test_rubbish_that_is_read_again(stream: str, database: str) -> None:

@@ -59,6 +59,7 @@ class Leases(PostgresSink):
 
     async def beat(self) -> Standing:
         """Say that this consumer is there, renew its leases, and return who reads what."""
+        await self.prepare()  # rows that somebody has truncated come back
         await self._execute("lease_beat")
         owned = await self._execute("lease_renew")
         free = await self._execute("lease_free")

@@ -71,6 +71,20 @@ class Raw:
             return 0.0
 
 
+class _Unencrypted(nats.errors.Error):
+    """A server does not do what `tls://` asks for."""
+
+
+class _Client(Client):
+    def _connect_command(self) -> bytes:
+        # The driver encrypts when the server asks for it, whatever the URL says; here the login goes out.
+        server = self._current_server
+        if server is not None and server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
+            raise _Unencrypted(f"{server.uri.hostname}:{server.uri.port} does not encrypt; no login was sent")
+        command: bytes = super()._connect_command()
+        return command
+
+
 class Elsewhere(Exception):  # noqa: N818 - says what is the case
     """The last message of a subject does not stand where it was."""
 
@@ -130,7 +144,7 @@ class Broker:
             login = {"user": address.user, "password": address.password}
         if address.credentials is not None:
             login["user_credentials"] = str(address.credentials)
-        client = Client()
+        client = _Client()
         try:
             async with asyncio.timeout(_CONNECT):
                 await client.connect(
@@ -373,7 +387,7 @@ def _fault(error: BaseException, doing: str) -> SinkFault | SchemaError:  # noqa
         return SinkFault("connection" if (error.code or 500) >= 500 else "other", text)
     if isinstance(error, nats.js.errors.NoStreamResponseError | nats.errors.NoRespondersError):
         return SinkFault("connection", f"{doing}: no server leads the stream now, or it is not there")
-    if isinstance(error, nats.errors.AuthorizationError) or "authorization" in words.lower():
+    if isinstance(error, _Unencrypted | nats.errors.AuthorizationError) or "authorization" in words.lower():
         return SinkFault("auth", text)
     if isinstance(error, TimeoutError):
         return SinkFault("timeout", f"{doing}: no answer in time")

@@ -168,13 +168,17 @@ class Consumer:
             if late:
                 await asyncio.wait([owned.task for owned in late], timeout=_LAST)
         if leases is not None:
-            for number in list(self._owned):
-                try:
+            # Leases end by themselves: a database that is deaf is not waited for.
+            patience = asyncio.get_running_loop().call_later(_LAST, leases.abort)
+            try:
+                for number in list(self._owned):
                     await leases.release(number)
-                except TrackerError as error:  # the lease ends by itself
-                    self._failed(error)
-                    break
-            await leases.leave()
+                await leases.leave()
+            except TrackerError as error:
+                self._failed(error)
+                await leases.disconnect()
+            finally:
+                patience.cancel()
         await self._broker.aclose()
 
     async def _look_after(self, leases: Leases, facts: list[Facts]) -> None:
@@ -195,6 +199,9 @@ class Consumer:
                     await leases.release(number)
             elif number not in standing.owned:
                 owned.partition.stop()
+        for number, numbers in enumerate(self.partitions):
+            if number not in self._owned and number not in standing.free:
+                numbers.fault = ""  # another one has it, and says what is wrong with it
         self._free.see(standing.free)
         await self._balance(leases, standing, facts)
 
@@ -222,8 +229,12 @@ class Consumer:
                 continue
             if len(mine) >= share and self._free.looks[number] < _LONG_FREE:
                 continue
-            if await self._claim(leases, number):
-                mine.append(number)
+            try:
+                if await self._claim(leases, number):
+                    mine.append(number)
+            except SchemaError as error:  # of this partition; the others go on
+                self._failed(error)
+                self.partitions[number].fault = str(error)
         for number in mine[share:] if not standing.free and len(standing.members) > 1 else ():
             owned = self._owned[number]
             get_logger().info("partition_given_up", partition=number, members=len(standing.members))

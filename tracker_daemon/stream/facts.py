@@ -119,6 +119,20 @@ def identity(name: str, partitions: Sequence[Facts]) -> int:
     return int.from_bytes(b"".join(halves)) | 1 << (16 * _ID_BYTES - 1)
 
 
+def hole(name: str, position: int, following: int) -> str:
+    """Return what is said of a log in which messages are missing behind *position*."""
+    return (
+        f"in the log of {name} message {following} follows {position}: {following - position - 1} messages between "
+        "them are gone that were not applied, as by a purge of a subject. To go on without them: "
+        "tracker-daemon stream adopt --stream URL --database URL"
+    )
+
+
+def has_no_leader(facts: Facts) -> bool:
+    """Say whether nobody leads a partition: a replica that may be behind has answered then."""
+    return facts.replicas > 1 and not facts.leader
+
+
 def misfit(name: str, facts: Facts, position: int, applied: str | None, found: str | None) -> str | None:
     """Return why a log does not go on where the database stands, and what to do; `None`: it does.
 

@@ -13,7 +13,7 @@ from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.leases import Leases
 from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.broker import Broker
-from tracker_daemon.stream.facts import DEFAULT_WINDOW, misfit
+from tracker_daemon.stream.facts import DEFAULT_WINDOW, has_no_leader, hole, misfit
 from tracker_daemon.stream.messages import lane_of, stream_of
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _lanes(found: list[Facts]) -> dict[int, tuple[int, str]]:
 
 def _faults(facts: Facts) -> list[str]:
     faults = list(facts.faults)
-    if not facts.leader and facts.replicas > 1:
+    if has_no_leader(facts):
         faults.append("it has no leader")
     if facts.duplicate_window < DEFAULT_WINDOW:
         faults.append(f"duplicate_window is {facts.duplicate_window:g} s: repeats are stored, and told in the database")
@@ -145,6 +145,8 @@ def _faults(facts: Facts) -> list[str]:
 
 async def _refusals(broker: Broker, facts: Facts, place: Place | None, before: str | None) -> list[str]:
     """Return why a consumer would not read a partition; *before*: the creation of the one that was read."""
+    if has_no_leader(facts):
+        return []  # nothing is known
     if before is not None and before != facts.created:
         return [f"it was made {facts.created}, the database has applied one made {before}. {_ADOPT}"]
     if place is None and before is not None:
@@ -153,7 +155,21 @@ async def _refusals(broker: Broker, facts: Facts, place: Place | None, before: s
         gone = "the database has applied nothing of it, and its log has been purged"
         return [f"{gone}. {_ADOPT}"] if facts.first > 1 else []
     words = await _misfit(broker, facts, place)
+    if words is None and (following := await _following(broker, facts, place)) > place.position + 1:
+        words = hole(stream_of(broker.address.name, facts.partition), place.position, following)
     return [] if words is None else [words]
+
+
+async def _following(broker: Broker, facts: Facts, place: Place) -> int:
+    """Return the position of the first message that is not applied; 0: there is none."""
+    found = (
+        await broker.read(facts.partition, place.position, messages=1, size=1) if facts.last > place.position else []
+    )
+    return found[0].position if found else 0
+
+
+async def _went_back(broker: Broker, facts: Facts, place: Place) -> bool:
+    return facts.first <= place.position + 1 and await _misfit(broker, facts, place) is not None
 
 
 async def _misfit(broker: Broker, facts: Facts, place: Place) -> str | None:
@@ -171,10 +187,14 @@ async def adopt(address: Address, database: str, table: tuple[str | None, str]) 
             await leases.prepare()
             places = await leases.places(_lanes(found))
             for each in found:
-                place = places.get(each.partition)
-                # A log that does not fit begins at its first message: what of it was applied its producers' rows tell.
-                again = place is not None and await _misfit(broker, each, place) is not None
-                await leases.adopt(each.partition, lane_of(each.partition), each.created, each.first, again=again)
+                if has_no_leader(each):
+                    raise SinkFault("connection", f"partition {each.partition} has no leader now: try again")
+                place, first, again = places.get(each.partition), each.first, False
+                if place is not None:
+                    # A log that went back begins at its first message: what of it was applied its producers' rows tell.
+                    again = await _went_back(broker, each, place)
+                    first = first if again else max(first, await _following(broker, each, place))
+                await leases.adopt(each.partition, lane_of(each.partition), each.created, first, again=again)
         finally:
             await leases.disconnect()
     finally:

@@ -25,7 +25,7 @@ from tracker_daemon.errors import Fenced, SchemaError, TrackerError
 from tracker_daemon.logs import Rated, get_logger
 from tracker_daemon.postgres.partitions import Logged, Moved
 from tracker_daemon.sink import LedgerMissing, SinkFault
-from tracker_daemon.stream.facts import misfit
+from tracker_daemon.stream.facts import has_no_leader, hole, misfit
 from tracker_daemon.stream.messages import Newer, decode, stream_of
 
 if TYPE_CHECKING:
@@ -82,6 +82,10 @@ class _Taken:
     messages: list[Logged] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
     bytes: int = 0
+
+
+class Remade(TrackerError):  # noqa: N818 - says what is the case
+    """The stream was made again: to be claimed anew, which the database refuses until it is adopted."""
 
 
 class Refused(SchemaError):  # noqa: N818 - says what is the case
@@ -149,8 +153,8 @@ class Partition:
                 before = self.place.position
                 try:
                     await self._follow()
-                except Fenced as fenced:
-                    get_logger().info("partition_lost", stream=name, reason=str(fenced))
+                except (Fenced, Remade) as lost:
+                    get_logger().info("partition_lost", stream=name, reason=str(lost))
                     return
                 except TrackerError as error:
                     tries = 1 if self.place.position > before else tries + 1
@@ -204,7 +208,10 @@ class Partition:
                     break
             raw = self._buffer.popleft()
             if raw.position != after + 1:
-                raise SinkFault("connection", f"after the message {after} came {raw.position}")
+                self._buffer.appendleft(raw)
+                if taken.messages:
+                    break  # what stands before the hole is applied first
+                raise Refused(hole(stream_of(self._broker.address.name, self._number), after, raw.position))
             if not taken.messages:
                 self.numbers.oldest = raw.taken_at
             message = self._decoded(raw)
@@ -275,11 +282,9 @@ class Partition:
         if facts is None:
             raise Refused(f"the stream {name} is gone: it was deleted. To make it: tracker-daemon stream create")
         if facts.created != self._created:
-            raise Refused(
-                f"the stream {name} was made {facts.created}, and this consumer read one made {self._created}: it was "
-                "deleted and made again. What the old one held and was not applied is not in it. To go on with the new "
-                "one: tracker-daemon stream adopt --stream URL --database URL"
-            )
+            raise Remade(f"the stream {name} was made {facts.created}, and what was read was made {self._created}")
+        if has_no_leader(facts):
+            raise SinkFault("connection", f"the stream {name} has no leader now")
         await self._see_that_it_fits(facts)
         numbers = self.numbers
         numbers.bytes, numbers.max_bytes = facts.bytes, facts.max_bytes
@@ -296,7 +301,9 @@ class Partition:
             if found == place.stamp:
                 return
             facts = await self._broker.facts(self._number)
-        if facts is not None and (words := misfit(name, facts, place.position, place.stamp, found)) is not None:
+        if facts is None or has_no_leader(facts):
+            raise SinkFault("connection", f"the stream {name} is gone, or has no leader now")
+        if (words := misfit(name, facts, place.position, place.stamp, found)) is not None:
             raise Refused(words)
 
     def _count(self) -> None:
