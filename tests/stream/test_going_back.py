@@ -16,7 +16,9 @@ from tests.stream.conftest import make_stream
 from tests.stream.harness import Consuming
 from tests.stream.test_command import run
 from tests.stream.test_consumer import faults, owned, publish
-from tests.stream.test_sink import delete, log_ends, opened_broker, total
+from tests.stream.test_sink import batch, delete, log_ends, opened_broker, opened_sink, total
+from tracker_daemon.errors import SchemaError
+from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.messages import Message, stream_of, subject_of
 
 if TYPE_CHECKING:
@@ -129,6 +131,31 @@ def test_adopted_while_it_is_read(stream: str, database: str) -> None:
         adopt(stream, database)
         wait_until(lambda: total(database) == 1 + 4, "the second batch")
         wait_until(lambda: not any(each.fault for each in consuming.consumer.partitions), "no fault")
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_another_number_of_partitions(stream: str, database: str, partitions: int) -> None:
+    """A stream made again with more or fewer partitions has all of them read once adopted; publishers say what to do."""
+    producer = uuid4()
+
+    async def go_on() -> None:
+        async with opened_sink(stream, publish_timeout=1.0) as sink:
+            await sink.apply(batch(producer, 1))
+            await asyncio.to_thread(wait_until, lambda: total(database) == 1, "the first batch")
+            await delete(stream)
+            with pytest.raises(SinkFault):
+                await sink.apply(batch(producer, 2))
+            await asyncio.to_thread(make_stream, stream, partitions)
+            with pytest.raises(SchemaError, match="Restart the process"):
+                await sink.apply(batch(producer, 2))
+
+    with Consuming(stream, database) as consuming:
+        wait_until(lambda: owned(consuming) == {0, 1}, "both partitions")
+        asyncio.run(go_on())
+        publish(stream, uuid4(), 3)
+        adopt(stream, database)
+        wait_until(lambda: owned(consuming) == set(range(partitions)), "all partitions")
+        wait_until(lambda: total(database) == 1 + 16, "what is in the new one")
 
 
 def test_leases_that_are_gone_come_back(stream: str, database: str) -> None:

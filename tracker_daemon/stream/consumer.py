@@ -45,6 +45,10 @@ _LAST: Final = 2.0
 _COLLECT: Final = 3_600.0
 
 
+class Renumbered(TrackerError):  # noqa: N818 - says what is the case
+    """The stream was made again with another number of partitions."""
+
+
 @dataclass(slots=True, eq=False)
 class _Owned:
     partition: Partition
@@ -124,6 +128,14 @@ class Consumer:
                         leases = self._make_leases(len(facts), self.name)
                         await leases.prepare()
                     await self._look_after(leases, facts)
+                except Renumbered as renumbered:
+                    get_logger().warning("stream_renumbered", stream=self.address.name, reason=str(renumbered))
+                    self.fault = str(renumbered)
+                    if leases is not None:
+                        await self._give_up_all(leases)
+                    leases, self.partitions = None, []
+                    self._woken.set()
+                    continue
                 except TrackerError as error:
                     self._failed(error)
                     self.fault = str(error)
@@ -152,6 +164,16 @@ class Consumer:
         self.stop()
         for owned in self._owned.values():
             owned.partition.abort()
+
+    async def _give_up_all(self, leases: Leases) -> None:
+        for owned in self._owned.values():
+            owned.partition.stop()
+        if self._owned:
+            await asyncio.wait([owned.task for owned in self._owned.values()], timeout=self._lease)
+            for owned in self._owned.values():
+                owned.task.cancel()  # what still runs has no lease any more
+        self._owned.clear()
+        await leases.leave()
 
     async def _end(self, leases: Leases | None) -> None:
         for owned in self._owned.values():
@@ -195,10 +217,10 @@ class Consumer:
                 self._regressions += owned.partition.regressions
                 if not owned.task.cancelled() and (error := owned.task.exception()) is not None:
                     get_logger().error("partition_failed", partition=number, error=repr(error), exc_info=error)
-                if number in standing.owned:
-                    await leases.release(number)
             elif number not in standing.owned:
                 owned.partition.stop()
+        for number in standing.owned - self._owned.keys():
+            await leases.release(number)
         for number, numbers in enumerate(self.partitions):
             if number not in self._owned and number not in standing.free:
                 numbers.fault = ""  # another one has it, and says what is wrong with it
@@ -247,6 +269,9 @@ class Consumer:
     async def _claim(self, leases: Leases, number: int) -> bool:
         # Asked anew: the stream may have been made again since.
         facts = await self._broker.facts(number)
+        there = facts if facts is not None or not number else await self._broker.facts(0)
+        if there is not None and there.partitions != len(self.partitions):
+            raise Renumbered(f"it has {there.partitions} partitions now, and had {len(self.partitions)}")
         if facts is None:
             raise SchemaError(f"partition {number} of the stream {self.address.name} is gone")
         place = await leases.claim(number, lane_of(number), facts.created)
