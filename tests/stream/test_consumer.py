@@ -139,6 +139,7 @@ def test_a_database_that_forgets_is_repaired(stream: str, database: str) -> None
                 connection.execute(f"CREATE TABLE saved_{name} AS TABLE {name}")
         publish(stream, producer, 2, 3)
         wait_until(lambda: total(database) == 1 + 4 + 16, "all batches")
+        wait_until(lambda: [each.position for each in consuming.consumer.partitions] == [3, 3], "both positions")
         with psycopg.connect(database) as connection:
             for name in names:
                 connection.execute(f"DELETE FROM {name}")

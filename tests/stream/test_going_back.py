@@ -20,6 +20,7 @@ from tests.stream.test_sink import batch, delete, log_ends, opened_broker, opene
 from tracker_daemon.errors import SchemaError
 from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.messages import Message, stream_of, subject_of
+from tracker_daemon.stream.metrics import StreamCollector
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,14 +104,16 @@ def test_an_older_copy_of_the_log(database: str, tmp_path: Path, *, running: boo
 def test_status_of_what_is_refused(stream: str, database: str) -> None:
     """Of a stream that consumers refuse the status says so, and ends with 1: until it is adopted."""
     publish(stream, uuid4(), 1)
-    assert status(stream, database)[0] == 0  # nobody has read it yet
     with Consuming(stream, database):
         wait_until(lambda: total(database) == 1, "the batch")
     query(database, "DELETE FROM tracker_ledger WHERE epoch > 0 RETURNING 1")
     code, said = status(stream, database)
     assert (code, said.count("gone from tracker_ledger")) == (1, 2), said
     adopt(stream, database)
-    assert status(stream, database)[0] == 0
+    code, said = status(stream, database)
+    assert (code, said.count("1 messages wait"), "ledger" in said) == (1, 2, False), said
+    with Consuming(stream, database):
+        wait_until(lambda: status(stream, database)[0] == 0, "both logs' ends")
     asyncio.run(delete(stream))
     make_stream(stream, 2)
     code, said = status(stream, database)
@@ -156,6 +159,19 @@ def test_another_number_of_partitions(stream: str, database: str, partitions: in
         adopt(stream, database)
         wait_until(lambda: owned(consuming) == set(range(partitions)), "all partitions")
         wait_until(lambda: total(database) == 1 + 16, "what is in the new one")
+
+
+def test_one_partition_that_is_refused(stream: str, database: str) -> None:
+    """Of a stream of which one partition was made again the others are read, and the metric shows which one is not."""
+    with Consuming(stream, database) as consuming:
+        wait_until(lambda: owned(consuming) == {0, 1}, "both partitions")
+    query(database, "UPDATE tracker_partitions SET created = 'earlier' WHERE partition = 0 RETURNING 1")
+    publish(stream, uuid4(), 1)
+    with Consuming(stream, database) as consuming:
+        wait_until(lambda: [each.position for each in consuming.consumer.partitions] == [0, 1], "the other one")
+        wait_until(lambda: "made again" in consuming.consumer.partitions[0].fault, "the refusal")
+        families = {each.name: each for each in StreamCollector(consuming.consumer).collect()}
+        assert [each.value for each in families["tracker_stream_partition_faulty"].samples] == [1, 0]
 
 
 def test_leases_that_are_gone_come_back(stream: str, database: str) -> None:
@@ -235,17 +251,19 @@ def test_an_older_copy_of_the_database_before_a_purge(stream: str, database: str
     with Consuming(stream, database, retain=4.0) as consuming:
         publish(stream, producer, 1)
         wait_until(lambda: total(database) == 1, "the first batch")
+        wait_until(lambda: [each.position for each in consuming.consumer.partitions] == [1, 1], "both positions")
         with psycopg.connect(database) as connection:
             for name in ("conversations", "tracker_ledger"):
                 connection.execute(f"CREATE TABLE saved_{name} AS TABLE {name}")
         publish(stream, producer, 2, 3)
         wait_until(lambda: total(database) == 1 + 4 + 16, "all batches")
+        wait_until(lambda: [each.position for each in consuming.consumer.partitions] == [3, 3], "both positions")
         with psycopg.connect(database) as connection:
             for name in ("conversations", "tracker_ledger"):
                 connection.execute(f"DELETE FROM {name}")
                 connection.execute(f"INSERT INTO {name} TABLE saved_{name}")
         wait_until(lambda: total(database) == 1 + 4 + 16, "what was forgotten")
-        assert consuming.consumer.numbers.regressions == 2
+        wait_until(lambda: consuming.consumer.numbers.regressions == 2, "both partitions to be counted")
         wait_until(lambda: asyncio.run(firsts()) == [3, 3], "the purge of all but the last")
 
 

@@ -141,9 +141,9 @@ class Leases(PostgresSink):
                 found[partition] = Place(producer, lane, *row)
         return found
 
-    async def creations(self) -> dict[int, str]:
-        """Return of which creation of the stream each partition's position is, of those that were read."""
-        return dict(await self._execute("partition_created"))
+    async def creations(self) -> dict[int, tuple[str | None, bool]]:
+        """Return of which creation of the stream each partition's position is, and whether a consumer reads it now."""
+        return {row[0]: (row[1], row[2]) for row in await self._execute("partition_created")}
 
     def _producer(self, created: str) -> UUID:
         return uuid5(NAMESPACE_URL, f"nats:{self._stream}/{created}")

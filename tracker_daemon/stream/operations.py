@@ -118,8 +118,10 @@ async def status(address: Address, database: str | None, table: tuple[str | None
         finally:
             await leases.disconnect()
         for each in found:
-            place, before = places.get(each.partition), creations.get(each.partition)
+            place, (before, is_read) = places.get(each.partition), creations.get(each.partition, (None, False))
             faults = [*_faults(each), *await _refusals(broker, each, place, before)]
+            if not is_read and each.last > (waits := each.first - 1 if place is None else place.position):
+                faults.append(f"{each.last - waits} messages wait, and no consumer reads it")
             seen.append(Seen(each, None if place is None else place.position, tuple(faults)))
     finally:
         await broker.aclose()
