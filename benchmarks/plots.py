@@ -100,7 +100,7 @@ def main() -> None:
         figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
         draw(found, axes)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.text(0.01, 0.005, settings({source: found[source]}), fontsize=5, color="#6b7280")
+        figure.supxlabel(settings({source: found[source]}), fontsize=5, color="#6b7280")
         for kind in ("png", "svg"):
             figure.savefig(folder / f"{name}.{kind}", dpi=120)
         plt.close(figure)

@@ -9,9 +9,9 @@ from typing import Any
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Return what every benchmark wrote, by its name."""
+    """Return what every benchmark wrote, by its name; results of another form have no goals of the table."""
     found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json")))
-    return {each["name"]: each for each in found}
+    return {each["name"]: each for each in found if isinstance(each, dict) and "goals" in each}
 
 
 def table(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:

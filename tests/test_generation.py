@@ -44,6 +44,7 @@ def by_thread(calls: list[Any], *, create_missing: bool) -> dict[tuple[str, bool
 @settings(PROPERTY, max_examples=400)
 @given(calls=histories, create_missing=st.booleans())
 @example(calls=[("t", None, 1, 0.1, NOW), ("t", "a", 1, 0.1, NOW), ("t", "b", 1, 0.1, NOW)], create_missing=True)
+@example(calls=[("t", None, 1, 0.1, 0), ("u", None, 1, 0.1, NOW)], create_missing=True)
 @example(calls=[("t", NOW), ("t", "a", 1, 1e-13, NOW - 1), ("t", "a", 1, 2, NOW)], create_missing=False)
 def test_rows_say_what_deltas_say(calls: list[Any], create_missing: bool) -> None:
     """The short way of an ordinary turn gives what `ThreadDelta` gives, for any calls in any order."""
@@ -54,7 +55,8 @@ def test_rows_say_what_deltas_say(calls: list[Any], create_missing: bool) -> Non
     assert new == list(dict.fromkeys(call[0] for call in calls))
     assert +counts == Counter(KINDS[len(call)] for call in calls)
     assert generation.calls == len(calls)
-    assert generation.oldest_at == calls[0][-1]
+    firsts = {call[0]: call[-1] for call in reversed(calls)}
+    assert generation.oldest_at == next((firsts[thread] for thread in new if firsts[thread]), 0)  # 0: none yet
 
 
 @settings(PROPERTY, max_examples=200)

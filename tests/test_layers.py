@@ -41,7 +41,7 @@ FLOORS = [
     {"flusher", "embedded", "postgres.sink", "wire"},
     {"recovery"},
     {"applier"},
-    {"postgres.dead_letters", "postgres.apart", "server_binaries", "server_probes"},
+    {"postgres.dead_letters", "postgres.apart", "postgres.doubts", "server_binaries", "server_probes"},
     {"postgres.session"},
     {"postgres.schema", "postgres.encoding", "postgres.faults", "postgres.connection", "postgres.write_through"},
     {"mending", "barriers"},

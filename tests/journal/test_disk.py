@@ -188,6 +188,13 @@ def test_files_again_after_windows_in_memory(disk: SmallDisk, trackers: Trackers
         return not journal_of(tracker).degraded
 
     wait_until(in_files_again, "a file")
+
+    def at_rest() -> bool:
+        # The sink goes on while the files are copied: a window that is sealed meanwhile would be of another instant.
+        tracker._worker.wake()
+        return journal_of(tracker).stores_window and not (tracker._backlog.sealed or journal_of(tracker).queue.is_cut)
+
+    wait_until(at_rest, "the windows in memory applied")
     for i in range(20):
         assert tracker.record_turn(f"kept-{i}", "agent", digits.tokens(f"kept-{i}"))
     shutil.copytree(journal, tmp_path / "copy")  # what a kill at this instant leaves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,15 @@ import pytest
 from tests.digits import Digits
 from tests.faults.harness import sums
 from tests.helpers import Outcome, command, ledger, run_program, running, wait_until, watchdog
+from tracker_daemon.backlog import Backlog
+from tracker_daemon.call_queue import CallQueue
+from tracker_daemon.journal.lock import DirectoryLock, try_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tracker_daemon.generation import Record
 
 
 @pytest.fixture(autouse=True)
@@ -138,10 +144,14 @@ def test_two_trackers_on_one_directory(database: str, tmp_path: Path) -> None:
     assert sums(database) == {"a": 0}
 
 
-@pytest.mark.parametrize("scene", ["hook_that_calls", "handler_that_calls"])
+@pytest.mark.parametrize("scene", ["hook_that_calls", "handler_in_the_beginning", "handler_that_calls"])
 def test_calls_in_the_middle_of_a_fork(database: str, tmp_path: Path, scene: str) -> None:
     """Whatever calls in the child first, a hook or a signal handler: nothing is written into the parent's files."""
     outcome = play(scene, database, tmp_path, -signal.SIGKILL)
+    if scene != "handler_that_calls":
+        assert [line["applied"] for line in outcome.said if "applied" in line] == [28], (
+            "one life in the child, with the calls that began it"
+        )
     again = play("again", database, tmp_path)
     digits = Digits()
     for line in (*outcome.said, *again.said):
@@ -152,3 +162,59 @@ def test_calls_in_the_middle_of_a_fork(database: str, tmp_path: Path, scene: str
     verdict = digits.read(found)
     assert (verdict.missing, verdict.doubled) == ([], [])
     assert len(digits.made) > 5
+
+
+def test_lock_let_go_of_in_the_middle_of_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler that lets go of it too: its file is closed once, not another that has its number by then."""
+    lock, closed, close = DirectoryLock(tmp_path), list[int](), os.close
+
+    def interrupted(file: int) -> None:
+        closed.append(file)
+        if len(closed) == 1:
+            lock.release()
+        close(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", interrupted)
+        lock.release()
+    assert len(closed) == 1
+    assert try_lock(tmp_path) is not None
+
+
+class Forking(CallQueue):
+    """A process that forks, when it is told to, right after somebody has looked whether the gate may be raised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fork: Callable[[], object] | None = None
+
+    @property
+    def on_disk(self) -> bool:  # type: ignore[override]  # a plain attribute there
+        """Whether calls go to a file: they do not."""
+        if self.fork is not None:
+            self.fork()
+        return False
+
+
+@pytest.mark.parametrize("who", ["caller", "worker", "fold"])
+def test_gate_that_is_raised_while_the_process_forks(who: str) -> None:
+    """A caller or the worker was about to raise the gate: in the child it is shut, and the first call asks whose it is."""
+    backlog = Backlog(max_queue_size=100, max_pending=10, max_batch_size=10, create_missing=True)
+    queue = backlog.queue = Forking()
+    record: Record = ("t", "a", 1, 0.5, 1)
+    assert backlog.enter(record) is None
+    assert backlog.gate > 9, "higher than there is room for once this one is folded"
+    queue.fork = backlog.shut_for_fork
+    if who == "caller":
+        assert backlog.enter(("u", "a", 1, 0.5, 1)) is None
+    elif who == "worker":
+        backlog.open_gate()
+    else:
+        assert backlog.drain(1_000) == 1
+    assert backlog.gate == 0
+    queue.fork = None
+    backlog.open_gate()
+    assert backlog.gate == 0, "until the fork is done"
+    backlog.forking = False  # and this is the parent
+    backlog.open_gate()
+    assert backlog.gate > 0

@@ -289,3 +289,28 @@ def test_applied_all_the_same(tmp_path: Path, room: Room) -> None:
     assert sum(books.applied.values()) == len(story.calls.made)
     assert books.queue_calls == 0
     story.rig.end()
+
+
+@pytest.mark.parametrize("which", ["first", "last", "all"])
+def test_files_deleted_before_the_window_is_sealed(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has deleted a file of the open window: it goes on in memory, and is written to a file again."""
+    small_files(monkeypatch)
+    sink, calls = MemorySink(), Calls()
+    rig = Rig(tmp_path, sink)
+    rig.call(calls.next("t0"))
+    rig.seal()  # it stays in memory as the oldest; the next one would wait in its files alone
+    rig.call(calls.next("t0"))
+    for number in range(500):
+        if len(rig.journal.queue.of_window) < 3:
+            rig.call(calls.next(f"u{number}"))
+    paths = [segment.path for segment in rig.journal.queue.of_window]
+    for path in {"first": paths[:1], "last": paths[-1:], "all": paths}[which]:
+        assert path is not None
+        path.unlink()
+    rig.seal()
+    assert [sealed.generation is not None for sealed in rig.backlog.sealed] == [True, True]
+    rig.keep()
+    assert rig.backlog.sealed[1].stored is not None
+    rig.crash()
+    recovered(tmp_path, sink)
+    assert Calls.counted(sink.rows) == calls.made

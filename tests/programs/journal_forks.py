@@ -297,11 +297,35 @@ def hook_that_calls() -> None:
 
     def child() -> None:
         make(make_hooked, "child")
-        say("child", lost=make_hooked.close().lost)
+        say("child", lost=make_hooked.close().lost, applied=make_hooked.stats().applied)
 
     pid = fork(child)
+    assert not make_hooked._backlog.forking, "that the process forks is over for its parent"
     make(make_hooked, "after")
     join(pid)
+    killed()
+
+
+def handler_in_the_beginning() -> None:
+    """In the child a signal handler calls while the tracker begins its life there; then the parent is killed."""
+    tracker, came = new_tracker(), list[int]()
+    make(tracker, "before")
+    make_journal = tracker._make_journal
+
+    def interrupted(*, forked: bool) -> Any:
+        journal = make_journal(forked=forked)
+        if not came:
+            came.append(1)
+            make(tracker, "handler", 8)
+        return journal
+
+    vars(tracker)["_make_journal"] = interrupted
+
+    def child() -> None:
+        make(tracker, "child")
+        say("child", lost=tracker.close().lost, applied=tracker.stats().applied)
+
+    join(fork(child))
     killed()
 
 

@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from itertools import count
@@ -72,14 +73,13 @@ class Journal(Retention):
         self.next_first = 1
         """The sequence of the next window's first batch."""
         self.compact_from = _COMPACT_FROM
-        self._epoch = self._database = 0
+        self._epoch = self._database = self._last_window_bytes = 0
         self._numbers = count(1)
         self._unsynced: list[Segment] = []
         self._bad: list[Segment] = []
         self._syncing = Lock()
         # The window after the last sealed one, and the sequence of its first batch.
         self._next_window = (1, 1)
-        self._last_window_bytes = 0
         self._failed_at = self._anew_from = float("-inf")
         self._may_try_now = self._told = self._ended = False
         super().__init__(directory, producer=uuid4(), retain=retain, quota=quota, forked=forked)
@@ -133,15 +133,17 @@ class Journal(Retention):
             with self._attaching:
                 if self._lock is None:
                     self._attach()
-        if self.bytes + size > self.quota:
-            self.trim(make_room=size)
-            if (taken := self.bytes) + size > self.quota:
-                raise JournalError(
-                    f"the journal's quota is used up: {taken} of {self.quota} bytes, and {size} more are needed"
-                )
         path = self.directory / open_name(self.producer, header.number)
-        segment = Segment(header, size, path)
-        self._sizes[path] = size
+        self._sizes[path] = size  # before looking: of two that want room at once none may pass the quota
+        try:
+            if self.bytes > self.quota:
+                self.trim(make_room=True)
+            if (taken := self.bytes - size) + size > self.quota:
+                raise JournalError(f"the journal's quota is used up: {taken} of {self.quota} bytes, {size} more needed")
+            segment = Segment(header, size, path)
+        except BaseException:
+            del self._sizes[path]
+            raise
         self._names_changed = True
         if self.degraded and (not header.anew or self.queue.on_disk):
             self.degraded = self._told = False
@@ -188,14 +190,14 @@ class Journal(Retention):
         first = self.go_on(batches)
         self._last_window_bytes = sum(segment.end for segment in segments)
         kept = all(segment.path is not None for segment in segments)
-        if not kept:
-            self.drop(segments)
-            return None
-        for part, segment in enumerate(segments):
+        for part, segment in enumerate(segments if kept else ()):
             segment.note_first(first)
             if segment is segments[-1]:
                 segment.append(encode_mark(End(first, batches, calls)))
-            self._settle_name(segment, sealed_name(self.producer, first, part))
+            kept &= self._settle_name(segment, sealed_name(self.producer, first, part))
+        if not kept:  # or somebody has deleted one: what is in memory still is not to be lost with it
+            self.drop(segments)
+            return None
         self._unsynced += segments
         return self._window(first, batches, [s.path for s in segments if s.path is not None], calls, threads)
 
@@ -203,7 +205,7 @@ class Journal(Retention):
         cut = self.max_batch_size, self.create_missing
         return Window(self.producer, self.lane, first, batches, *cut, paths, calls, threads, counted=True)
 
-    def _settle_name(self, segment: Segment, name: str) -> None:
+    def _settle_name(self, segment: Segment, name: str) -> bool:
         assert segment.path is not None
         before = segment.path
         try:
@@ -212,9 +214,11 @@ class Journal(Retention):
         except OSError as error:  # the name alone: what is in the file tells the same
             self.errors["rename"] += 1
             self._say("warning", "journal_rename_failed", path=str(before), error=str(error))
-        self._sizes.pop(before, None)
-        self._sizes[segment.path] = segment.size
+        self._sizes[before] = self._sizes[segment.path] = segment.size
+        if segment.path != before:
+            del self._sizes[before]
         self._names_changed = True
+        return os.path.exists(segment.path)  # noqa: PTH110 - where nobody may look it is False
 
     def _delete_all(self, paths: list[Path]) -> None:
         self.drop([segment for segment in list(self._unsynced) if segment.path in paths])

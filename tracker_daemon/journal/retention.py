@@ -87,8 +87,8 @@ class Retention(Directory):
         """Those of whom something is kept."""
         return list(dict.fromkeys(window.producer for window in self._retained))
 
-    def trim(self, make_room: int = 0) -> None:
-        """Delete applied windows: those kept long enough, and the oldest where room is needed.
+    def trim(self, *, make_room: bool = False) -> None:
+        """Delete applied windows: those kept long enough, and the oldest where the quota is passed.
 
         The newest stays: a window whose own identity a crash has lost follows the one before it.
         """
@@ -97,7 +97,7 @@ class Retention(Directory):
         while len(kept) > 1 and (
             now - kept[0].kept_since > self.retain
             or taken > self.quota // _RETAINED_SHARE
-            or (make_room and self.bytes + make_room > self.quota)
+            or (make_room and self.bytes > self.quota)
         ):
             try:
                 window = kept.popleft()

@@ -48,7 +48,7 @@ class ManySink(PostgresSink):
         joined = {
             number: batch
             for number, batch in enumerate(batches)
-            if batch.create_missing and not self._is_suspect(batch)
+            if batch.create_missing and not self._in_doubt.is_suspect(batch)
         }
         while len(joined) > 1:
             moved = await self._together(list(joined.values()))
@@ -64,7 +64,7 @@ class ManySink(PostgresSink):
                 del joined[number]
         left = [(number, batch) for number, batch in enumerate(batches) if number not in answers]
         faulty = list[SinkFault]()
-        for number, batch in sorted(left, key=lambda each: self._is_suspect(each[1])):
+        for number, batch in sorted(left, key=lambda each: self._in_doubt.is_suspect(each[1])):
             # Nothing goes through: it is the table, and need not be asked for each of them.
             if len(faulty) >= _FAULTY and not any(isinstance(answer, Applied) for answer in answers.values()):
                 answers[number] = faulty[-1]
@@ -96,10 +96,6 @@ class ManySink(PostgresSink):
     async def disconnect(self) -> None:
         """Let go of the connection."""
         await self._drop()
-
-    def _is_suspect(self, batch: Batch) -> bool:
-        """Say whether *batch* has failed by what may be about one of its rows."""
-        return self._in_doubt[batch.producer, batch.lane, batch.epoch, batch.sequence] > 0
 
     async def _alone(self, batch: Batch) -> Applied | TrackerError:
         await self._connected()  # what is wrong here, or with the tables as they are found, is wrong for all of them

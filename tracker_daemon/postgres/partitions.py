@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 from tracker_daemon.errors import Fenced, TrackerError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.many import summed
-from tracker_daemon.postgres.sink import PostgresSink, identity_of
+from tracker_daemon.postgres.sink import PostgresSink
 from tracker_daemon.sink import DeadLetter, LedgerMissing
 
 if TYPE_CHECKING:
@@ -292,9 +292,9 @@ class PartitionSink(PostgresSink):
         except Exception as error:
             fault = await self._failed(session, error, f"applying the message at {message.position}")
             if fault.kind in faults.IN_DOUBT and not session.connection.broken and message.batch is not None:
-                self._count_doubt(message.batch)
+                self._in_doubt.count(message.batch)
             raise fault from error
-        self._in_doubt.pop(identity_of(batch), None)
+        self._in_doubt.forget(batch)
         place.position, place.stamp = message.position, message.stamp
         letters = [(batch, letter) for letter in applied.dead_letters]
         return Outcome([batch], rows=applied.rows, skipped=applied.skipped, letters=letters)

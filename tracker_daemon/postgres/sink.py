@@ -17,7 +17,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +28,7 @@ from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.postgres import encoding, faults
 from tracker_daemon.postgres.apart import Apart
 from tracker_daemon.postgres.dead_letters import bury, dead_letters_of
+from tracker_daemon.postgres.doubts import Doubts
 from tracker_daemon.postgres.session import Session
 from tracker_daemon.sink import Applied, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
@@ -48,9 +48,7 @@ _LARGEST_PART: Final = 10_000
 _LOOKED_AT: Final = 2_500
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
-_TRIES_IN_DOUBT: Final = 3
 _PROBES: Final = 16
-_MOST_IN_DOUBT: Final = 10_000
 
 
 class PostgresSink:
@@ -77,8 +75,7 @@ class PostgresSink:
         self._copy_from = copy_from
         self._session: Session | None = None
         self._last: dict[tuple[UUID, int], Opened] = {}
-        self._in_doubt: Counter[tuple[UUID, int, int, int]] = Counter()
-        """How often each batch failed on a sound connection by what may be about the table or about a row."""
+        self._in_doubt = Doubts()
         self._breath = Breath(_PART, _LARGEST_PART)
         self._random = Random()  # noqa: S311 - which rows are tried first
         self.following: Callable[[Batch], Sequence[ThreadDelta]] = lambda _: ()
@@ -129,10 +126,10 @@ class PostgresSink:
             if fault.kind == "timeout":
                 self._timeout = min(self._timeout * 2, _MOST_TIMEOUT)
             if fault.kind in faults.IN_DOUBT and not session.connection.broken:
-                self._count_doubt(batch)
+                self._in_doubt.count(batch)
             raise fault from error
         self._timeout = self._first_timeout
-        self._in_doubt.pop(identity_of(batch), None)
+        self._in_doubt.forget(batch)
         self._last[batch.producer, batch.lane] = Opened(batch.epoch, batch.sequence)
         return applied
 
@@ -316,14 +313,9 @@ class PostgresSink:
 
     # -- bad data ----------------------------------------------------------------------------------
 
-    def _count_doubt(self, batch: Batch) -> None:
-        self._in_doubt[identity_of(batch)] += 1
-        while len(self._in_doubt) > _MOST_IN_DOUBT:
-            del self._in_doubt[next(iter(self._in_doubt))]
-
     def _doubts(self, batch: Batch) -> list[Exception] | None:
         """Return where errors go that may be about the table as well; `None`: they are not looked into yet."""
-        return [] if self._in_doubt[identity_of(batch)] >= _TRIES_IN_DOUBT else None
+        return [] if self._in_doubt.is_due(batch) else None
 
     async def _flush_apart(self, session: Session, batch: Batch) -> Applied:
         connection = session.connection
@@ -387,11 +379,6 @@ class PostgresSink:
         await connection.execute("RELEASE SAVEPOINT part")
         assert row is not None
         return row[1], row[2]
-
-
-def identity_of(batch: Batch) -> tuple[UUID, int, int, int]:
-    """Return what names *batch*."""
-    return batch.producer, batch.lane, batch.epoch, batch.sequence
 
 
 def _key(batch: Batch) -> dict[str, Any]:
