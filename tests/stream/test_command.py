@@ -50,7 +50,9 @@ def test_stream_create_and_status(cluster: Cluster, database: str) -> None:
     found = run("stream", "status", "--stream", url, "--database", database, "--json")
     facts = [json.loads(line)["facts"] for line in found.stdout.splitlines()]
     assert [(each["partition"], each["last"], each["current"]) for each in facts] == [(0, 1, 3), (1, 1, 3)]
-    assert found.exit_code == 0
+    assert (found.exit_code, found.stdout.count("no consumer reads it")) == (1, 2)
+    with Consuming(url, database):
+        wait_until(lambda: run("stream", "status", "--stream", url, "--database", database).exit_code == 0, "a reader")
     other = run("stream", "create", "--stream", url, "--partitions", "4")
     assert other.exit_code == 1
     assert "with 2 partitions, not 4" in other.stderr

@@ -114,6 +114,19 @@ def test_what_is_no_message(headers: dict[str, str], body: bytes | None, partiti
         messages.decode(changed.headers, changed.body, partition)
 
 
+@pytest.mark.parametrize("what", ["thread", "agent", "resolution", "past", "future"])
+def test_what_no_database_can_hold(what: str) -> None:
+    """A well-formed message with what neither a row nor a dead letter can hold is told, before it holds its partition."""
+    at = {"past": -(2**60), "future": 2**60}.get(what, NOW // 1_000)
+    delta = ThreadDelta("a\0b" if what == "thread" else "t", at)
+    delta.turn("a\0b" if what == "agent" else "a", 1, 0, at)
+    if what == "resolution":
+        delta.resolve("a\0b", at)
+    [[message]] = messages.encode("chat", Batch(PRODUCER, 0, 1, 1, (delta,)), 1)
+    with pytest.raises(Malformed, match="can hold"):
+        messages.decode(message.headers, message.body, 0)
+
+
 def test_newer_format() -> None:
     """What a newer version wrote is not guessed at."""
     message = good()

@@ -59,6 +59,7 @@ class Leases(PostgresSink):
 
     async def beat(self) -> Standing:
         """Say that this consumer is there, renew its leases, and return who reads what."""
+        await self.prepare()  # rows that somebody has truncated come back
         await self._execute("lease_beat")
         owned = await self._execute("lease_renew")
         free = await self._execute("lease_free")
@@ -117,20 +118,32 @@ class Leases(PostgresSink):
         """Give a partition up."""
         await self._execute("lease_release", partition=partition)
 
-    async def adopt(self, partition: int, lane: int, created: str, first: int) -> None:
-        """Take a partition as it is now, with a log that begins at *first*, whatever it was when it was read last."""
-        where = {"producer": self._producer(created), "lane": lane, "position": first - 1}
+    async def adopt(self, partition: int, lane: int, created: str, first: int, *, again: bool = False) -> None:
+        """Take a partition as it is now, with a log that begins at *first*, whatever it was when it was read last.
+
+        Args:
+            partition: which.
+            lane: its lane.
+            created: when its log was made.
+            first: where that begins.
+            again: from its first message, although there is a position: that is of another log.
+        """
+        where = {"producer": self._producer(created), "lane": lane, "position": first - 1, "again": again}
         await self._execute("adopt_position", **where)
         await self._execute("lease_created", partition=partition, created=created)
 
-    async def positions(self, partitions: dict[int, tuple[int, str]]) -> dict[int, int]:
+    async def places(self, partitions: dict[int, tuple[int, str]]) -> dict[int, Place]:
         """Return how far each partition is applied, where that is known; they are given by lane and creation."""
-        found: dict[int, int] = {}
+        found: dict[int, Place] = {}
         for partition, (lane, created) in partitions.items():
-            rows = await self._execute("position", producer=self._producer(created), lane=lane)
-            if rows:
-                found[partition] = rows[0][1]
+            producer = self._producer(created)
+            for row in await self._execute("partition_position", producer=producer, lane=lane):
+                found[partition] = Place(producer, lane, *row)
         return found
+
+    async def creations(self) -> dict[int, tuple[str | None, bool]]:
+        """Return of which creation of the stream each partition's position is, and whether a consumer reads it now."""
+        return {row[0]: (row[1], row[2]) for row in await self._execute("partition_created")}
 
     def _producer(self, created: str) -> UUID:
         return uuid5(NAMESPACE_URL, f"nats:{self._stream}/{created}")

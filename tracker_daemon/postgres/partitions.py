@@ -53,12 +53,14 @@ class Place:
         producer, lane: of its row in the ledger.
         epoch: the owner's.
         position: the last message applied.
+        stamp: when its log took that message, in the log's own words; `None`: not known.
     """
 
     producer: UUID
     lane: int
     epoch: int
     position: int
+    stamp: str | None = None
 
     def __str__(self) -> str:
         return f"{self.producer}/{self.lane}/{self.epoch}/{self.position}"
@@ -73,12 +75,14 @@ class Logged:
         batch: what it says; `None`: it cannot be read.
         unreadable: why it cannot be read.
         body: the bytes that cannot be read.
+        stamp: when the log took it, in the log's own words.
     """
 
     position: int
     batch: Batch | None
     unreadable: str = ""
     body: bytes = b""
+    stamp: str | None = None
 
 
 @dataclass(slots=True)
@@ -189,7 +193,7 @@ class PartitionSink(PostgresSink):
             if message.batch is None:
                 await self._keep_unreadable(session, place, message)
         await session.connection.execute("COMMIT")
-        place.position = messages[-1].position
+        place.position, place.stamp = messages[-1].position, messages[-1].stamp
         if len(self._known) > _MOST_KNOWN:
             self._known.clear()
         self._known |= ready.producers
@@ -213,6 +217,7 @@ class PartitionSink(PostgresSink):
                 "epoch": place.epoch,
                 "previous": place.position,
                 "position": messages[-1].position,
+                "stamp": messages[-1].stamp,
                 "producers": list(producers),
             },
         )
@@ -257,11 +262,11 @@ class PartitionSink(PostgresSink):
     async def _look(self, session: Session, place: Place) -> None:
         cursor = session.cursor()
         key = {"producer": place.producer, "lane": place.lane}
-        await cursor.execute(session.statements["position"], key)
+        await cursor.execute(session.statements["partition_position"], key)
         row = await cursor.fetchone()
         if row is None:
             raise LedgerMissing(str(place.producer), place.lane)
-        epoch, place.position = row
+        epoch, place.position, place.stamp = row
         if epoch != place.epoch:
             raise Fenced(str(place.producer), place.lane, place.epoch, epoch)
 
@@ -290,7 +295,7 @@ class PartitionSink(PostgresSink):
                 self._in_doubt.count(message.batch)
             raise fault from error
         self._in_doubt.forget(batch)
-        place.position = message.position
+        place.position, place.stamp = message.position, message.stamp
         letters = [(batch, letter) for letter in applied.dead_letters]
         return Outcome([batch], rows=applied.rows, skipped=applied.skipped, letters=letters)
 

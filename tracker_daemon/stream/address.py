@@ -65,4 +65,6 @@ def address(url: str, setting: str = "stream") -> Address:
             raise ConfigError(setting, "must name its servers as HOST or HOST:PORT, with a comma between two")
         servers.append(f"{scheme}://{host if match['port'] else f'{host}:4222'}")
     credentials = Path(unquote(file)) if question else None
+    if credentials is not None and not credentials.is_file():
+        raise ConfigError(setting, "names a file of credentials that is not there, or may not be seen")
     return Address(name, tuple(servers), unquote(user), unquote(password), credentials)

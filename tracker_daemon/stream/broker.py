@@ -57,6 +57,11 @@ class Raw:
     body: bytes
 
     @property
+    def stamp(self) -> str | None:
+        """When the log took it, in its own words: to the nanosecond, and the same on every replica."""
+        return self.headers.get("Nats-Time-Stamp")
+
+    @property
     def taken_at(self) -> float:
         """When the log took it, seconds since 1970; 0 if it does not say."""
         try:
@@ -64,6 +69,20 @@ class Raw:
             return datetime.fromisoformat(self.headers["Nats-Time-Stamp"][:26].rstrip("Z") + "Z").timestamp()
         except (KeyError, ValueError):
             return 0.0
+
+
+class _Unencrypted(nats.errors.Error):
+    """A server does not do what `tls://` asks for."""
+
+
+class _Client(Client):
+    def _connect_command(self) -> bytes:
+        # The driver encrypts when the server asks for it, whatever the URL says; here the login goes out.
+        server = self._current_server
+        if server is not None and server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
+            raise _Unencrypted(f"{server.uri.hostname}:{server.uri.port} does not encrypt; no login was sent")
+        command: bytes = super()._connect_command()
+        return command
 
 
 class Elsewhere(Exception):  # noqa: N818 - says what is the case
@@ -297,18 +316,29 @@ class Broker:
             raise _fault(error, f"publishing to {name}") from error
         return stored.seq
 
+    async def stamp_at(self, partition: int, position: int) -> str | None:
+        """Return when the log took the message at *position*, as `Raw.stamp` has it; `None`: there is none."""
+        message = await self._message(partition, {"seq": position}, "asking for the last message applied")
+        return None if message is None else message["time"]
+
     async def last_of(self, partition: int, producer: UUID) -> dict[str, str] | None:
         """Return the headers of a producer's last message in a partition, as the leader knows it; `None`: none."""
+        asked = {"last_by_subj": subject_of(self.address.name, partition, producer)}
+        message = await self._message(partition, asked, "asking for the producer's last message")
+        return None if message is None else _decoded_headers(message.get("hdrs", ""))
+
+    async def _message(self, partition: int, asked: dict[str, Any], doing: str) -> dict[str, Any] | None:
+        """Return a message as the leader has it; `None`: there is none."""
         client = await self.connect()
         subject = f"$JS.API.STREAM.MSG.GET.{stream_of(self.address.name, partition)}"
-        asked = json.dumps({"last_by_subj": subject_of(self.address.name, partition, producer)}).encode()
-        doing = "asking for the producer's last message"
-        answer = json.loads((await self._ask(doing, client.request(subject, asked, timeout=_ASK))).data)
+        question = client.request(subject, json.dumps(asked).encode(), timeout=_ASK)
+        answer = json.loads((await self._ask(doing, question)).data)
         if (error := answer.get("error")) is not None:
             if error.get("err_code") == _NO_MESSAGE:
                 return None
             raise SinkFault("connection", f"{doing}: {error.get('description', error)}")
-        return _decoded_headers(answer["message"].get("hdrs", ""))
+        found: dict[str, Any] = answer["message"]
+        return found
 
     async def read(self, partition: int, after: int, *, messages: int, size: int) -> list[Raw]:
         """Return the messages behind the position *after*, without a gap: at most *messages*, about *size* bytes.
@@ -338,7 +368,9 @@ class Broker:
             return  # of a read that was given up
         headers = message.headers or {}
         status = headers.get("Status")
-        if status is None:
+        # By the sequence, which the servers add to every message and to nothing else: what somebody published may well
+        # have a header that says Status.
+        if "Nats-Sequence" in headers:
             asked.found.append(Raw(int(headers["Nats-Sequence"]), headers, message.data))
         elif status in ("204", "404"):
             asked.done.set_result(None)
@@ -369,7 +401,7 @@ def _fault(error: BaseException, doing: str) -> SinkFault | SchemaError:  # noqa
         return SinkFault("connection" if (error.code or 500) >= 500 else "other", text)
     if isinstance(error, nats.js.errors.NoStreamResponseError | nats.errors.NoRespondersError):
         return SinkFault("connection", f"{doing}: no server leads the stream now, or it is not there")
-    if isinstance(error, nats.errors.AuthorizationError) or "authorization" in words.lower():
+    if isinstance(error, _Unencrypted | nats.errors.AuthorizationError) or "authorization" in words.lower():
         return SinkFault("auth", text)
     if isinstance(error, TimeoutError):
         return SinkFault("timeout", f"{doing}: no answer in time")

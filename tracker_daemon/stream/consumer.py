@@ -45,6 +45,10 @@ _LAST: Final = 2.0
 _COLLECT: Final = 3_600.0
 
 
+class Renumbered(TrackerError):  # noqa: N818 - says what is the case
+    """The stream was made again with another number of partitions."""
+
+
 @dataclass(slots=True, eq=False)
 class _Owned:
     partition: Partition
@@ -124,6 +128,14 @@ class Consumer:
                         leases = self._make_leases(len(facts), self.name)
                         await leases.prepare()
                     await self._look_after(leases, facts)
+                except Renumbered as renumbered:
+                    get_logger().warning("stream_renumbered", stream=self.address.name, reason=str(renumbered))
+                    self.fault = str(renumbered)
+                    if leases is not None:
+                        await self._give_up_all(leases)
+                    leases, self.partitions = None, []
+                    self._woken.set()
+                    continue
                 except TrackerError as error:
                     self._failed(error)
                     self.fault = str(error)
@@ -153,6 +165,16 @@ class Consumer:
         for owned in self._owned.values():
             owned.partition.abort()
 
+    async def _give_up_all(self, leases: Leases) -> None:
+        for owned in self._owned.values():
+            owned.partition.stop()
+        if self._owned:
+            await asyncio.wait([owned.task for owned in self._owned.values()], timeout=self._lease)
+            for owned in self._owned.values():
+                owned.task.cancel()  # what still runs has no lease any more
+        self._owned.clear()
+        await leases.leave()
+
     async def _end(self, leases: Leases | None) -> None:
         for owned in self._owned.values():
             owned.partition.stop()
@@ -168,13 +190,17 @@ class Consumer:
             if late:
                 await asyncio.wait([owned.task for owned in late], timeout=_LAST)
         if leases is not None:
-            for number in list(self._owned):
-                try:
+            # Leases end by themselves: a database that is deaf is not waited for.
+            patience = asyncio.get_running_loop().call_later(_LAST, leases.abort)
+            try:
+                for number in list(self._owned):
                     await leases.release(number)
-                except TrackerError as error:  # the lease ends by itself
-                    self._failed(error)
-                    break
-            await leases.leave()
+                await leases.leave()
+            except TrackerError as error:
+                self._failed(error)
+                await leases.disconnect()
+            finally:
+                patience.cancel()
         await self._broker.aclose()
 
     async def _look_after(self, leases: Leases, facts: list[Facts]) -> None:
@@ -191,10 +217,13 @@ class Consumer:
                 self._regressions += owned.partition.regressions
                 if not owned.task.cancelled() and (error := owned.task.exception()) is not None:
                     get_logger().error("partition_failed", partition=number, error=repr(error), exc_info=error)
-                if number in standing.owned:
-                    await leases.release(number)
             elif number not in standing.owned:
                 owned.partition.stop()
+        for number in standing.owned - self._owned.keys():
+            await leases.release(number)
+        for number, numbers in enumerate(self.partitions):
+            if number not in self._owned and number not in standing.free:
+                numbers.fault = ""  # another one has it, and says what is wrong with it
         self._free.see(standing.free)
         await self._balance(leases, standing, facts)
 
@@ -222,8 +251,12 @@ class Consumer:
                 continue
             if len(mine) >= share and self._free.looks[number] < _LONG_FREE:
                 continue
-            if await self._claim(leases, number):
-                mine.append(number)
+            try:
+                if await self._claim(leases, number):
+                    mine.append(number)
+            except SchemaError as error:  # of this partition; the others go on
+                self._failed(error)
+                self.partitions[number].fault = str(error)
         for number in mine[share:] if not standing.free and len(standing.members) > 1 else ():
             owned = self._owned[number]
             get_logger().info("partition_given_up", partition=number, members=len(standing.members))
@@ -236,6 +269,9 @@ class Consumer:
     async def _claim(self, leases: Leases, number: int) -> bool:
         # Asked anew: the stream may have been made again since.
         facts = await self._broker.facts(number)
+        there = facts if facts is not None or not number else await self._broker.facts(0)
+        if there is not None and there.partitions != len(self.partitions):
+            raise Renumbered(f"it has {there.partitions} partitions now, and had {len(self.partitions)}")
         if facts is None:
             raise SchemaError(f"partition {number} of the stream {self.address.name} is gone")
         place = await leases.claim(number, lane_of(number), facts.created)

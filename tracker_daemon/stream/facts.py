@@ -119,6 +119,54 @@ def identity(name: str, partitions: Sequence[Facts]) -> int:
     return int.from_bytes(b"".join(halves)) | 1 << (16 * _ID_BYTES - 1)
 
 
+def hole(name: str, position: int, following: int) -> str:
+    """Return what is said of a log in which messages are missing behind *position*."""
+    return (
+        f"in the log of {name} message {following} follows {position}: {following - position - 1} messages between "
+        "them are gone that were not applied, as by a purge of a subject. To go on without them: "
+        "tracker-daemon stream adopt --stream URL --database URL"
+    )
+
+
+def has_no_leader(facts: Facts) -> bool:
+    """Say whether nobody leads a partition: a replica that may be behind has answered then."""
+    return facts.replicas > 1 and not facts.leader
+
+
+def misfit(name: str, facts: Facts, position: int, applied: str | None, found: str | None) -> str | None:
+    """Return why a log does not go on where the database stands, and what to do; `None`: it does.
+
+    Args:
+        name: of its stream.
+        facts: what the servers say of it.
+        position: the last message applied.
+        applied: when that was taken, as the database has it; `None`: not known.
+        found: when the one there was taken, as the log has it; `None`: it is not there.
+    """
+    went_back = None
+    if facts.last < position:
+        went_back = f"the log of {name} ends at {facts.last}, and {position} is applied"
+    elif facts.first <= position and None not in (applied, found) and applied != found:
+        went_back = (
+            f"message {position} in the log of {name} was taken {found}, the one that is applied was taken {applied}"
+        )
+    if went_back is not None:
+        return (
+            f"{went_back}: an older copy of the log was restored, or it has lost what it had acknowledged. Nothing is "
+            "applied until it is known which. To read it again from its first message, with what was applied already "
+            "by producers that the ledger does not know once more: "
+            "tracker-daemon stream adopt --stream URL --database URL"
+        )
+    if facts.first > position + 1:
+        return (
+            f"the log of {name} begins at {facts.first}, and only {position} is applied: "
+            f"{facts.first - position - 1} messages are gone from it that this database has not seen. "
+            "The database was restored from an old backup, or is another one. To go on without them: "
+            "tracker-daemon stream adopt --stream URL --database URL"
+        )
+    return None
+
+
 def is_same_but_for_time(one: int, other: int) -> bool:
     """Say whether two identities are of the same name and number of partitions, whenever they were made."""
     return one >> 8 * _ID_BYTES == other >> 8 * _ID_BYTES

@@ -38,6 +38,9 @@ MESSAGE_BYTES: Final = 256 << 10
 _AGENTS_IN_PART: Final = 256
 _MESSAGES: Final = 1 << 16
 MOST_PARTITIONS: Final = 256
+_EARLIEST: Final = -62_135_596_800_000_000
+_LATEST: Final = 253_402_300_799_999_999
+"""Of the years 1 to 9999, microseconds since 1970."""
 
 
 class Newer(Exception):  # noqa: N818 - says what is the case
@@ -148,7 +151,22 @@ def decode(headers: Mapping[str, str], body: bytes, partition: int) -> Batch:
     batch = wire.decode_batch(headers, body, create_missing=True)
     if batch.epoch or batch.lane != lane_of(partition) or batch.sequence < 1:
         raise wire.Malformed(f"the identity {batch} does not belong into partition {partition}")
+    for delta in batch.deltas:
+        if not _is_storable(delta):
+            raise wire.Malformed(
+                f"the thread {delta.thread_id!r:.80} has a NUL or an instant that no database can hold"
+            )
     return batch
+
+
+def _is_storable(delta: ThreadDelta) -> bool:
+    """Say whether a database, and a dead letter, can hold it: what trackers make they can."""
+    if "\0" in delta.thread_id or "\0" in (delta.resolution_type or ""):
+        return False
+    for at in (delta.first_at, delta.last_turn_at, delta.resolved_at):
+        if at is not None and not _EARLIEST <= at <= _LATEST:
+            return False
+    return not any("\0" in agent for agent in delta.agents)
 
 
 def last_sequence(headers: Mapping[str, str]) -> int:

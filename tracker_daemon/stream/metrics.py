@@ -34,7 +34,8 @@ class StreamCollector(Collector):
         def gauge(name: str, text: str, value: Callable[[PartitionNumbers], float]) -> GaugeMetricFamily:
             family = GaugeMetricFamily(f"tracker_stream_{name}", text, labels=["partition"])
             for number, each in enumerate(partitions):
-                family.add_metric([str(number)], value(each) if each.owned or name == "partition_owned" else 0.0)
+                shown = each.owned or name in ("partition_owned", "partition_faulty")
+                family.add_metric([str(number)], value(each) if shown else 0.0)
             return family
 
         yield gauge("partition_owned", "1 when this process reads the partition.", lambda each: each.owned)

@@ -13,16 +13,18 @@ from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.leases import Leases
 from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.broker import Broker
-from tracker_daemon.stream.facts import DEFAULT_WINDOW
+from tracker_daemon.stream.facts import DEFAULT_WINDOW, has_no_leader, hole, misfit
 from tracker_daemon.stream.messages import lane_of, stream_of
 
 if TYPE_CHECKING:
+    from tracker_daemon.postgres.partitions import Place
     from tracker_daemon.stream.address import Address
     from tracker_daemon.stream.facts import Facts, Limits
 
 _PATIENCE = 30.0
 _ELECTION = 5.0
 _NOBODY = UUID(int=0)
+_ADOPT = "To go on with it as it is: tracker-daemon stream adopt --stream URL --database URL"
 
 
 async def create(address: Address, partitions: int, limits: Limits) -> list[str]:
@@ -105,25 +107,34 @@ async def status(address: Address, database: str | None, table: tuple[str | None
         SinkFault: the servers, or the database, do not answer.
     """
     broker = Broker(address)
+    seen: list[Seen] = []
     try:
         found = await broker.partitions()
-    finally:
-        await broker.aclose()
-    positions: dict[int, int] = {}
-    if database is not None:
+        if database is None:
+            return [Seen(each, None, tuple(_faults(each))) for each in found]
         leases = _leases(address, database, table, len(found))
         try:
-            positions = await leases.positions(
-                {each.partition: (lane_of(each.partition), each.created) for each in found}
-            )
+            places, creations = await leases.places(_lanes(found)), await leases.creations()
         finally:
             await leases.disconnect()
-    return [Seen(each, positions.get(each.partition), _faults(each, positions, database)) for each in found]
+        for each in found:
+            place, (before, is_read) = places.get(each.partition), creations.get(each.partition, (None, False))
+            faults = [*_faults(each), *await _refusals(broker, each, place, before)]
+            if not is_read and each.last > (waits := each.first - 1 if place is None else place.position):
+                faults.append(f"{each.last - waits} messages wait, and no consumer reads it")
+            seen.append(Seen(each, None if place is None else place.position, tuple(faults)))
+    finally:
+        await broker.aclose()
+    return seen
 
 
-def _faults(facts: Facts, positions: dict[int, int], database: str | None) -> tuple[str, ...]:
+def _lanes(found: list[Facts]) -> dict[int, tuple[int, str]]:
+    return {each.partition: (lane_of(each.partition), each.created) for each in found}
+
+
+def _faults(facts: Facts) -> list[str]:
     faults = list(facts.faults)
-    if not facts.leader and facts.replicas > 1:
+    if has_no_leader(facts):
         faults.append("it has no leader")
     if facts.duplicate_window < DEFAULT_WINDOW:
         faults.append(f"duplicate_window is {facts.duplicate_window:g} s: repeats are stored, and told in the database")
@@ -131,16 +142,41 @@ def _faults(facts: Facts, positions: dict[int, int], database: str | None) -> tu
         faults.append(f"only {facts.current} of {facts.replicas} replicas follow")
     if facts.max_bytes > 0 and facts.bytes > facts.max_bytes * 0.9:
         faults.append(f"it is {facts.bytes / facts.max_bytes:.0%} full: publishers will have to wait")
-    if database is not None:
-        position = positions.get(facts.partition)
-        if position is None:
-            if facts.first > 1:
-                faults.append("the database has applied nothing of it, and its log has been purged")
-        elif facts.last < position:
-            faults.append(f"its log ends at {facts.last}, and {position} is applied")
-        elif facts.first > position + 1:
-            faults.append(f"its log begins at {facts.first}, and only {position} is applied")
-    return tuple(faults)
+    return faults
+
+
+async def _refusals(broker: Broker, facts: Facts, place: Place | None, before: str | None) -> list[str]:
+    """Return why a consumer would not read a partition; *before*: the creation of the one that was read."""
+    if has_no_leader(facts):
+        return []  # nothing is known
+    if before is not None and before != facts.created:
+        return [f"it was made {facts.created}, the database has applied one made {before}. {_ADOPT}"]
+    if place is None and before is not None:
+        return [f"its position is gone from tracker_ledger, which was truncated. {_ADOPT}"]
+    if place is None:
+        gone = "the database has applied nothing of it, and its log has been purged"
+        return [f"{gone}. {_ADOPT}"] if facts.first > 1 else []
+    words = await _misfit(broker, facts, place)
+    if words is None and (following := await _following(broker, facts, place)) > place.position + 1:
+        words = hole(stream_of(broker.address.name, facts.partition), place.position, following)
+    return [] if words is None else [words]
+
+
+async def _following(broker: Broker, facts: Facts, place: Place) -> int:
+    """Return the position of the first message that is not applied; 0: there is none."""
+    found = (
+        await broker.read(facts.partition, place.position, messages=1, size=1) if facts.last > place.position else []
+    )
+    return found[0].position if found else 0
+
+
+async def _went_back(broker: Broker, facts: Facts, place: Place) -> bool:
+    return facts.first <= place.position + 1 and await _misfit(broker, facts, place) is not None
+
+
+async def _misfit(broker: Broker, facts: Facts, place: Place) -> str | None:
+    found = None if place.stamp is None else await broker.stamp_at(facts.partition, place.position)
+    return misfit(stream_of(broker.address.name, facts.partition), facts, place.position, place.stamp, found)
 
 
 async def adopt(address: Address, database: str, table: tuple[str | None, str]) -> list[str]:
@@ -148,15 +184,23 @@ async def adopt(address: Address, database: str, table: tuple[str | None, str]) 
     broker = Broker(address)
     try:
         found = await broker.partitions()
+        leases = _leases(address, database, table, len(found))
+        try:
+            await leases.prepare()
+            places = await leases.places(_lanes(found))
+            for each in found:
+                if has_no_leader(each):
+                    raise SinkFault("connection", f"partition {each.partition} has no leader now: try again")
+                place, first, again = places.get(each.partition), each.first, False
+                if place is not None:
+                    # A log that went back begins at its first message: what of it was applied its producers' rows tell.
+                    again = await _went_back(broker, each, place)
+                    first = first if again else max(first, await _following(broker, each, place))
+                await leases.adopt(each.partition, lane_of(each.partition), each.created, first, again=again)
+        finally:
+            await leases.disconnect()
     finally:
         await broker.aclose()
-    leases = _leases(address, database, table, len(found))
-    try:
-        await leases.prepare()
-        for each in found:
-            await leases.adopt(each.partition, lane_of(each.partition), each.created, each.first)
-    finally:
-        await leases.disconnect()
     return [f"{stream_of(address.name, each.partition)} made {each.created}" for each in found]
 
 

@@ -2,10 +2,11 @@
 
 Rules:
 1. What is read follows the position in the ledger without a gap; else nothing of it is used, and it is read again from
-   where the ledger stands. So it is after every error, that of a commit whose outcome is unknown among them.
+   where the ledger stands. So it is after every error, that of a commit whose outcome is unknown among them. Which
+   message the position is of is compared after every read: a log that went back uses positions again.
 2. While a transaction runs, what comes next is read already.
 3. What is applied is purged from the log after a while, for a database that forgets commits; sooner when the log fills.
-   What is not applied never is.
+   What is not applied never is, by what the database says at that moment, nor is the last message applied.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tracker_daemon.errors import Fenced, SchemaError, TrackerError
 from tracker_daemon.logs import Rated, get_logger
 from tracker_daemon.postgres.partitions import Logged, Moved
 from tracker_daemon.sink import LedgerMissing, SinkFault
+from tracker_daemon.stream.facts import has_no_leader, hole, misfit
 from tracker_daemon.stream.messages import Newer, decode, stream_of
 
 if TYPE_CHECKING:
@@ -80,6 +82,10 @@ class _Taken:
     messages: list[Logged] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
     bytes: int = 0
+
+
+class Remade(TrackerError):  # noqa: N818 - says what is the case
+    """The stream was made again: to be claimed anew, which the database refuses until it is adopted."""
 
 
 class Refused(SchemaError):  # noqa: N818 - says what is the case
@@ -147,8 +153,8 @@ class Partition:
                 before = self.place.position
                 try:
                     await self._follow()
-                except Fenced as fenced:
-                    get_logger().info("partition_lost", stream=name, reason=str(fenced))
+                except (Fenced, Remade) as lost:
+                    get_logger().info("partition_lost", stream=name, reason=str(lost))
                     return
                 except TrackerError as error:
                     tries = 1 if self.place.position > before else tries + 1
@@ -165,6 +171,7 @@ class Partition:
         await self._sink.look(self.place)
         if self.place.position < self._highest:
             self.regressions += 1
+            self._marks.clear()  # of what is not applied any more
             get_logger().error(
                 "database_forgot_commits", partition=self._number, was=self._highest, found=self.place.position
             )
@@ -176,6 +183,7 @@ class Partition:
                 await self._look()
             taken = await self._take(began + self._following.window)
             if taken.messages:
+                await self._see_that_it_fits()
                 started = self._clock.monotonic()
                 outcome = await self._sink.apply_logged(self.place, taken.messages)
                 self._highest = self.place.position
@@ -200,7 +208,10 @@ class Partition:
                     break
             raw = self._buffer.popleft()
             if raw.position != after + 1:
-                raise SinkFault("connection", f"after the message {after} came {raw.position}")
+                self._buffer.appendleft(raw)
+                if taken.messages:
+                    break  # what stands before the hole is applied first
+                raise Refused(hole(stream_of(self._broker.address.name, self._number), after, raw.position))
             if not taken.messages:
                 self.numbers.oldest = raw.taken_at
             message = self._decoded(raw)
@@ -233,14 +244,14 @@ class Partition:
 
     def _decoded(self, raw: Raw) -> Logged:
         try:
-            return Logged(raw.position, decode(raw.headers, raw.body, self._number))
+            return Logged(raw.position, decode(raw.headers, raw.body, self._number), stamp=raw.stamp)
         except Newer as newer:
             raise Refused(
                 f"message {raw.position} of partition {self._number}: {newer}. Upgrade the consumers"
             ) from newer
         except wire.Malformed as error:
             get_logger().error("message_unreadable", partition=self._number, position=raw.position, error=str(error))
-            return Logged(raw.position, None, unreadable=str(error), body=raw.body)
+            return Logged(raw.position, None, unreadable=str(error), body=raw.body, stamp=raw.stamp)
 
     async def _drop_reads(self) -> None:
         self._buffer.clear()
@@ -271,30 +282,29 @@ class Partition:
         if facts is None:
             raise Refused(f"the stream {name} is gone: it was deleted. To make it: tracker-daemon stream create")
         if facts.created != self._created:
-            raise Refused(
-                f"the stream {name} was made {facts.created}, and this consumer read one made {self._created}: it was "
-                "deleted and made again. What the old one held and was not applied is not in it. To go on with the new "
-                "one: tracker-daemon stream adopt --stream URL --database URL"
-            )
-        if facts.last < position:
-            raise Refused(
-                f"the log of {name} ends at {facts.last}, and {position} is applied: an older copy of it was restored, "
-                "or it has lost what it had acknowledged. Nothing is applied until it is known which; to go on with "
-                "the log as it is, make it anew: delete it, tracker-daemon stream create, then stream adopt"
-            )
-        if facts.first > position + 1:
-            raise Refused(
-                f"the log of {name} begins at {facts.first}, and only {position} is applied: "
-                f"{facts.first - position - 1} messages are gone from it that this database has not seen. "
-                "The database was restored from an old backup, or is "
-                "another one. To go on without them: tracker-daemon stream adopt --stream URL --database URL"
-            )
+            raise Remade(f"the stream {name} was made {facts.created}, and what was read was made {self._created}")
+        if has_no_leader(facts):
+            raise SinkFault("connection", f"the stream {name} has no leader now")
+        await self._see_that_it_fits(facts)
         numbers = self.numbers
         numbers.bytes, numbers.max_bytes = facts.bytes, facts.max_bytes
         numbers.position, numbers.lag = position, facts.last - position
         if not numbers.lag:
             numbers.fault, numbers.oldest = "", 0.0
         await self._purge(facts, now)
+
+    async def _see_that_it_fits(self, facts: Facts | None = None) -> None:
+        """See that the log has at the position what was applied; after a read that tells of which log it was."""
+        name, place = stream_of(self._broker.address.name, self._number), self.place
+        found = None if place.stamp is None else await self._broker.stamp_at(self._number, place.position)
+        if facts is None:
+            if found == place.stamp:
+                return
+            facts = await self._broker.facts(self._number)
+        if facts is None or has_no_leader(facts):
+            raise SinkFault("connection", f"the stream {name} is gone, or has no leader now")
+        if (words := misfit(name, facts, place.position, place.stamp, found)) is not None:
+            raise Refused(words)
 
     def _count(self) -> None:
         numbers = self.numbers
@@ -311,5 +321,10 @@ class Partition:
             until = marks.popleft()[1]
         if facts.max_bytes > 0 and facts.bytes > facts.max_bytes * _FULL:
             until = position
-        if until >= facts.first:
-            await self._broker.purge(self._number, until + 1)
+        if until > facts.first:
+            # The database may be back as an older copy since it was asked last.
+            await self._sink.look(self.place)
+            if self.place.position != position:
+                raise Moved(f"the partition stands at {self.place.position}")
+            # The last one applied stays: by it a log that went back is told.
+            await self._broker.purge(self._number, until)

@@ -22,7 +22,7 @@ from tracker_daemon.errors import SchemaError
 from tracker_daemon.logs import get_logger
 from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened, SinkFault
 from tracker_daemon.stream.broker import Broker, Elsewhere
-from tracker_daemon.stream.facts import identity, is_same_but_for_time
+from tracker_daemon.stream.facts import has_no_leader, identity, is_same_but_for_time
 from tracker_daemon.stream.messages import batch_of, encode, last_sequence
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class NatsSink:
         self._stored: dict[str, int] = {}
         """By subject, where the last message stands that was acknowledged to this process."""
         self._losses = 0
+        self._is_unsure = False
+        """Whether the stream may have been made again with another number of partitions."""
         self._in_hand: tuple[UUID, int] | None = None
         self._left: list[list[Message]] = []
         self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
@@ -133,11 +135,7 @@ class NatsSink:
     async def _look(self, broker: Broker) -> None:
         """Learn the partitions; refuse to go on with another number of them."""
         partitions = await broker.partitions()
-        if self._partitions and len(partitions) != self._partitions:
-            raise SchemaError(
-                f"the stream {self._address.name} has {len(partitions)} partitions now, and had {self._partitions} "
-                "when this process came to it: threads would change their partition under way. Restart the process"
-            )
+        self._see_that_number_is_the_same(len(partitions))
         if faults := [
             f"{self._address.name}-{each.partition}: {fault}" for each in partitions for fault in each.faults
         ]:
@@ -146,12 +144,24 @@ class NatsSink:
         self._created = [each.created for each in partitions]
         self._identity = identity(self._address.name, partitions)
 
+    def _see_that_number_is_the_same(self, partitions: int) -> None:
+        if self._partitions and partitions != self._partitions:
+            raise SchemaError(
+                f"the stream {self._address.name} has {partitions} partitions now, and had {self._partitions} "
+                "when this process came to it: threads would change their partition under way. Restart the process"
+            )
+
     # -- publishing --------------------------------------------------------------------------------
 
     async def _publish(self, batch: Batch) -> None:
         broker = self._connected()
         if not self._partitions:
             await self._look(broker)
+        if self._is_unsure:
+            first = await broker.facts(0)
+            if first is not None:
+                self._see_that_number_is_the_same(first.partitions)
+            self._is_unsure = False
         name = batch.producer, batch.sequence
         if self._in_hand != name:
             # Frozen until all of it is acknowledged; what was is taken off.
@@ -165,6 +175,8 @@ class NatsSink:
         )
         faults = [result for result in results if isinstance(result, BaseException)]
         if faults:
+            if isinstance(faults[0], SinkFault) and faults[0].kind == "connection":
+                self._is_unsure = True
             raise faults[0]
         self._in_hand = None
 
@@ -188,6 +200,8 @@ class NatsSink:
         """
         facts = await broker.facts(partition)
         producer = self._in_hand[0] if self._in_hand is not None else None
+        if facts is not None and has_no_leader(facts):
+            raise SinkFault("connection", f"partition {partition} of the stream has no leader now")
         is_same = facts is not None and facts.created == self._created[partition]
         if is_same and facts is not None and facts.last >= after:
             self._stored.pop(subject, None)  # the ledger keeps the first of copies

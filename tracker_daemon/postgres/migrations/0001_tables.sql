@@ -16,6 +16,7 @@ CREATE TABLE IF NOT EXISTS {table} (
 ) WITH (fillfactor = 80);
 
 -- What each producer has applied. A row is updated with every flush: half-empty pages keep that HOT.
+-- applied_stamp: see 0002, which adds it to ledgers made without it.
 CREATE TABLE IF NOT EXISTS {ledger} (
     producer         uuid NOT NULL,
     lane             smallint NOT NULL,
@@ -24,6 +25,7 @@ CREATE TABLE IF NOT EXISTS {ledger} (
     opened_at        timestamptz NOT NULL DEFAULT now(),
     updated_at       timestamptz NOT NULL DEFAULT now(),
     closed_at        timestamptz,
+    applied_stamp    text,
     PRIMARY KEY (producer, lane)
 ) WITH (fillfactor = 50);
 

@@ -2,7 +2,7 @@
 -- commit is still running, and then sees the truth. Who moves it holds its row until the end of the transaction, and
 -- the producers' rows of this lane are written by nobody else: what is returned of them holds until then.
 WITH moved AS (
-    UPDATE {ledger} SET applied_sequence = %(position)s, updated_at = now()
+    UPDATE {ledger} SET applied_sequence = %(position)s, applied_stamp = %(stamp)s, updated_at = now()
     WHERE producer = %(producer)s AND lane = %(lane)s AND epoch = %(epoch)s AND applied_sequence = %(previous)s
     RETURNING 1
 )

@@ -4,4 +4,4 @@ SELECT %(producer)s, %(lane)s, 1, 0, timestamptz '9999-01-01'
 WHERE NOT %(known)s OR EXISTS (SELECT FROM {ledger} WHERE producer = %(producer)s AND lane = %(lane)s)
 ON CONFLICT (producer, lane) DO UPDATE
 SET epoch = l.epoch + 1, opened_at = now(), updated_at = now(), closed_at = timestamptz '9999-01-01'
-RETURNING epoch, applied_sequence
+RETURNING epoch, applied_sequence, applied_stamp
