@@ -25,7 +25,7 @@ _INFO = json.dumps({"server_id": "x", "version": "2.11.0", "max_payload": 1 << 2
 def test_tls_is_refused_without_tls(cluster: Cluster) -> None:
     """A server that has no TLS is not spoken to in clear where tls: was asked for."""
     url = cluster.url("plain").replace("nats://", "tls://")
-    with pytest.raises(SinkFault, match="no TLS, which tls: asks for"):
+    with pytest.raises(SinkFault, match="does not encrypt"):
         make_stream(url, 1)
 
 
@@ -50,7 +50,7 @@ def test_no_login_in_clear() -> None:
         thread.start()
         port = listening.getsockname()[1]
         try:
-            with pytest.raises(SinkFault, match="nothing was sent"):
+            with pytest.raises(SinkFault, match="no login was sent"):
                 make_stream(f"tls://me:secret-word@127.0.0.1:{port}/x", 1)
         finally:
             listening.shutdown(socket.SHUT_RDWR)

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +33,8 @@ from tracker_daemon.settings import Settings, quoted
 from tracker_daemon.tracker import Tracker
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tracker_daemon.daemon.options import Listen
 
 _OTHER_FILES: Final = 256
@@ -191,8 +193,7 @@ def run(plan: Plan) -> int:
         ConfigError, JournalError, EmbeddedPostgresError: it cannot start.
     """
     log_to_stderr(plan.level(), plan.log_format)
-    _until_it_serves()
-    with ExitStack() as stack:
+    with _until_it_serves(), ExitStack() as stack:
         database = plan.database
         if (directory := database.removeprefix("embedded:")) != database:
             server = EmbeddedPostgres(Path(directory))
@@ -208,8 +209,10 @@ def run(plan: Plan) -> int:
         return anyio.run(_serve, plan, options, database, sockets)
 
 
-def _until_it_serves() -> None:
+@contextmanager
+def _until_it_serves() -> Iterator[None]:
     """Before it serves, a signal to end does so, cleanly; one to read settings again finds them read just now."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
     def end(number: int, _: object) -> None:
         get_logger().info("stopping", signal=signal.Signals(number).name)
@@ -218,6 +221,12 @@ def _until_it_serves() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    except BaseException:  # it did not come to serving: whoever called goes on
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        raise
 
 
 def _allow_files(connections: int) -> None:

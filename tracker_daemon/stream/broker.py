@@ -97,20 +97,6 @@ class _Asked:
     found: list[Raw] = field(default_factory=list)
 
 
-class _Client(Client):
-    """A client that says nothing, a login least of all, to a server without TLS where `tls:` was asked for.
-
-    The driver's own encrypts when the server asks for it, and else goes on in clear.
-    """
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        server = self._current_server
-        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
-            where = f"{server.uri.hostname}:{server.uri.port}"
-            raise nats.errors.Error(f"the server at {where} has no TLS, which tls: asks for: nothing was sent")
-        await super()._process_info(info, initial_connection)
-
-
 class Broker:
     """A connection to the servers of *address*, made when it is first needed."""
 
