@@ -14,6 +14,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
@@ -143,6 +144,8 @@ class Broker:
         if address.user:
             login = {"user": address.user, "password": address.password}
         if address.credentials is not None:
+            if find_spec("nkeys") is None:
+                raise SinkFault("auth", "?credentials= needs a package that signs with their seed: pip install nkeys")
             login["user_credentials"] = str(address.credentials)
         client = _Client()
         try:
