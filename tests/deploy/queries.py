@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.deploy.conftest import Samples
 
 # What Prometheus adds to every sample, and the one series it makes by itself.
-_OF_TARGETS = {"job", "instance"}
+_OF_TARGETS = {"job", "instance", "namespace"}  # the last one of a PodMonitor
 _OF_PROMETHEUS = {"up": {"job", "instance"}}
 _OF_GRAFANA = {"$__rate_interval": "5m", "$__range": "1h"}
 
