@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 from tracker_daemon.batch import Batch
 from tracker_daemon.generation import Generation
 from tracker_daemon.postgres.connection import Connector
-from tracker_daemon.postgres.sink import PostgresSink
+from tracker_daemon.postgres.lanes import Lanes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,23 +29,22 @@ def batch_of(ids: Sequence[str], calls: int = 1) -> Batch:
 
 
 class Flushes:
-    """One lane of one producer, for as long as the benchmark takes."""
+    """One producer of so many lanes, for as long as the benchmark takes."""
 
-    def __init__(self, conninfo: str, producer: UUID | None = None, lane: int = 0) -> None:
-        self.sink = PostgresSink(Connector(conninfo), (None, "conversations"))
-        self._producer, self._lane = producer or uuid4(), lane
+    def __init__(self, conninfo: str, lanes: int = 1) -> None:
+        self.sink = Lanes(Connector(conninfo), (None, "conversations"), lanes)
+        self._producer = uuid4()
         self._sequence = 0
         self._opened: Opened | None = None
 
     async def apply(self, batch: Batch) -> None:
         """Apply the deltas of *batch* as the next one."""
         if self._opened is None:
-            self._opened = await self.sink.open(self._producer, self._lane)
+            self._opened = await self.sink.open(self._producer, 0)
         self._sequence += 1
-        numbered = Batch(self._producer, self._lane, self._opened.epoch, self._sequence, batch.deltas)
-        applied = await self.sink.apply(numbered)
+        applied = await self.sink.apply(Batch(self._producer, 0, self._opened.epoch, self._sequence, batch.deltas))
         assert applied.rows == len(batch.deltas)
 
     async def close(self) -> None:
-        """Let go of the connection."""
-        await self.sink.aclose(self._producer, self._lane, clean=True)
+        """Let go of the connections."""
+        await self.sink.aclose(self._producer, 0, clean=True)

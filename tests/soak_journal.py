@@ -270,6 +270,7 @@ class KillSoak:
         return {
             "tracker": {
                 "create_missing": chance.random() < 0.5,
+                "lanes": chance.choice([1, 1, 2, 3]),
                 "max_batch_size": chance.choice([3, 100, 100, 10_000, 10_000]),
                 "flush_interval": chance.choice([0.002, 0.02, 0.25]),
                 "journal_sync": chance.choice([0, 0.1]),

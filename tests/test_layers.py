@@ -35,7 +35,7 @@ FLOORS = [
     {"collector", "sinks", "host", "exits", "stream.partition", "postgres.leases"},
     {"families"},
     {"postgres.partitions", "stream.sink"},
-    {"front_door", "readings", "worker", "embedded_sink", "http_sink", "postgres.many"},
+    {"front_door", "readings", "worker", "embedded_sink", "http_sink", "postgres.lanes", "postgres.many"},
     {"stream.broker"},
     {"stream.messages", "stream.facts"},
     {"flusher", "embedded", "postgres.sink", "wire"},

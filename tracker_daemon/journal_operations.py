@@ -19,7 +19,7 @@ from tracker_daemon.journal.repair import repair
 from tracker_daemon.journal.windows import Damage
 from tracker_daemon.operations import opened_session, running_conninfo
 from tracker_daemon.postgres.connection import Connector
-from tracker_daemon.postgres.sink import PostgresSink
+from tracker_daemon.postgres.lanes import Lanes
 from tracker_daemon.sink import LedgerMissing
 
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ async def _positions(database: str, table: Table, producers: Iterable[UUID]) -> 
     async with opened_session(database, table) as session:
         cursor = session.cursor()
         for producer in producers:
-            await cursor.execute(session.statements["position"], {"producer": producer, "lane": 0})
-            row = await cursor.fetchone()
-            found[producer] = None if row is None else row[1]
+            await cursor.execute(session.statements["lanes"], {"producer": producer})
+            found[producer] = min((applied for _, _, applied in await cursor.fetchall()), default=None)
     return found
 
 
@@ -163,7 +162,7 @@ async def _recover(
     if skip_damage:
         _repair(journal, lives, positions, faults)
     backlog = Backlog(max_queue_size=1, max_pending=1, max_batch_size=1, create_missing=True, journal=journal)
-    sink = PostgresSink(Connector(conninfo), table)
+    sink = Lanes(Connector(conninfo), table)
 
     def on_error(error: BaseException) -> None:
         if isinstance(error, JournalError):
@@ -218,7 +217,7 @@ def _check_again(journal: Journal, again: Collection[UUID], positions: Mapping[U
             )
 
 
-async def _register(journal: Journal, producer: UUID, sink: PostgresSink, tell: Callable[[str], object]) -> int | None:
+async def _register(journal: Journal, producer: UUID, sink: Lanes, tell: Callable[[str], object]) -> int | None:
     """Give a producer a row in the ledger again, right before the first window that is here; return the sequence.
 
     From then on it is a life like any other: killed at any point, a recovery goes on from there.

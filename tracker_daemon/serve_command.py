@@ -80,6 +80,7 @@ def _serve(
         setting("--flush-interval", type=float, default=0.25, help="The window for calls, seconds."),
         setting("--relay-interval", type=float, default=0.05, help="The window for trackers' batches, seconds."),
         setting("--max-batch-size", type=int, default=10_000, help="Threads in a transaction."),
+        setting("--lanes", type=int, default=1, help="Connections that flush calls at the same time."),
         setting("--max-queue-size", type=int, default=100_000, help="Calls taken and not yet coalesced."),
         setting("--max-pending", type=int, default=1_000_000, help="Threads with uncommitted change."),
         setting("--create-missing", type=bool, default=True, help="Whether a turn may create its row."),

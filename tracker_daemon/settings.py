@@ -22,6 +22,7 @@ _LEAST_QUOTA = 8 << 20
 # Above 10,000 nothing is gained, and row locks are held for longer: 1 s at 50,000. The ids of 100,000 threads are up to
 # 103 MB as one parameter, of which Postgres takes 1 GB; with every name of 512 bytes a flush of them takes 30 s.
 _MOST_IN_A_BATCH = 100_000
+_MOST_LANES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,8 @@ class Settings:
     """Distinct threads with uncommitted change."""
     overflow: Overflow = "drop"
     create_missing: bool = True
+    lanes: int = 1
+    """Connections that flush disjoint threads at the same time."""
     table: str = "conversations"
     shutdown_timeout: float = 10.0
     """How long `close` drains, seconds."""
@@ -59,6 +62,9 @@ class Settings:
             _count(name, getattr(self, name))
         if self.max_batch_size > _MOST_IN_A_BATCH:
             raise ConfigError("max_batch_size", f"must be at most {_MOST_IN_A_BATCH}", self.max_batch_size)
+        _count("lanes", self.lanes)
+        if self.lanes > _MOST_LANES:
+            raise ConfigError("lanes", f"must be at most {_MOST_LANES}", self.lanes)
         if self.overflow not in ("drop", "raise"):
             raise ConfigError("overflow", 'must be "drop" or "raise"', self.overflow)
         if type(self.create_missing) is not bool:

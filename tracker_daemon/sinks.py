@@ -25,6 +25,8 @@ _SOCKET_PATH = 107
 
 def sink_factory(sink: Any, settings: Settings) -> Callable[[], Sink]:
     """Return what makes the sink that *sink* names; raises `ConfigError` for what names none."""
+    if settings.lanes > 1 and not _is_postgres(sink):
+        raise ConfigError("lanes", "must be 1 where the sink is no URL, conninfo or pool of Postgres", settings.lanes)
     if isinstance(sink, str):
         return _from_url(sink, settings)
     if isinstance(sink, Sink):
@@ -32,6 +34,12 @@ def sink_factory(sink: Any, settings: Settings) -> Callable[[], Sink]:
     if hasattr(sink, "conninfo") and hasattr(sink, "getconn"):
         return _from_pool(sink, settings)
     raise ConfigError("sink", "must be a URL or conninfo, a psycopg_pool.AsyncConnectionPool or a Sink", sink)
+
+
+def _is_postgres(sink: Any) -> bool:
+    if isinstance(sink, str):
+        return sink.partition(":")[0] not in ("embedded", *_DAEMON, *_STREAM)
+    return not isinstance(sink, Sink)
 
 
 def _from_url(url: str, settings: Settings) -> Callable[[], Sink]:
@@ -126,10 +134,10 @@ def _is_async(pool: Any) -> bool:
 
 
 def _postgres(connector: Connector, settings: Settings) -> Callable[[], Sink]:
-    from tracker_daemon.postgres.sink import PostgresSink  # noqa: PLC0415
+    from tracker_daemon.postgres.lanes import Lanes  # noqa: PLC0415
 
     table = split_table(settings.table)
-    return lambda: PostgresSink(connector, table)
+    return lambda: Lanes(connector, table, settings.lanes)
 
 
 def _embedded(directory: Path, settings: Settings) -> Callable[[], Sink]:

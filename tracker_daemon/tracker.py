@@ -67,7 +67,8 @@ class Tracker(FrontDoor):
         journal_sync: seconds between two fsyncs of the journal; 0: each window before its flush.
         journal_retain: how long an applied window is kept for a database that forgets commits, seconds.
         journal_quota: bytes the journal may take; beyond it calls go to memory alone.
-        table: the table of conversations, may be schema-qualified; unquoted names fold to lower case.
+        lanes: connections, at most 32, that flush disjoint threads at the same time; Postgres alone.
+        table: of conversations, may be schema-qualified; unquoted names fold to lower case.
         shutdown_timeout: how long `close` drains, seconds.
         registry: a Prometheus registry; the global one if `None`.
         on_error: called in the worker's thread with every error of the sink; must not block.
@@ -94,6 +95,7 @@ class Tracker(FrontDoor):
         journal_sync: float = 0.1,
         journal_retain: float = 600.0,
         journal_quota: int = 1 << 30,
+        lanes: int = 1,
         table: str = "conversations",
         shutdown_timeout: float = 10.0,
         registry: CollectorRegistry | None = None,
@@ -106,6 +108,7 @@ class Tracker(FrontDoor):
             max_pending=max_pending,
             overflow=overflow,
             create_missing=create_missing,
+            lanes=lanes,
             table=table,
             shutdown_timeout=shutdown_timeout,
             registry=REGISTRY if registry is None else registry,
@@ -150,8 +153,8 @@ class Tracker(FrontDoor):
         self._account.begin(backlog, refusals, numbers, journal)
 
     def _make_flusher(self, backlog: Backlog, numbers: FlushNumbers, journal: Journal | None) -> Callable[[], Flusher]:
-        make_sink, clock, on_error = self._make_sink, self._clock, self._settings.on_error
-        return lambda: Flusher(backlog, make_sink(), clock, numbers, on_error, journal)
+        sink, clock, on_error = self._make_sink, self._clock, self._settings.on_error
+        return lambda: Flusher(backlog, sink(), clock, numbers, on_error, journal)
 
     def _make_journal(self, *, forked: bool) -> Journal | None:
         settings = self._settings

@@ -62,6 +62,7 @@ class Plan:
     flush_interval: float
     relay_interval: float
     max_batch_size: int
+    lanes: int
     max_queue_size: int
     max_pending: int
     create_missing: bool
@@ -105,6 +106,7 @@ class Plan:
         return Settings(
             flush_interval=self.flush_interval,
             max_batch_size=self.max_batch_size,
+            lanes=self.lanes,
             max_queue_size=self.max_queue_size,
             max_pending=self.max_pending,
             create_missing=self.create_missing,
@@ -255,6 +257,7 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
         database,
         flush_interval=plan.flush_interval,
         max_batch_size=plan.max_batch_size,
+        lanes=plan.lanes,
         max_queue_size=plan.max_queue_size,
         max_pending=plan.max_pending,
         create_missing=plan.create_missing,

@@ -98,6 +98,15 @@ class PostgresSink:
         return opened
 
     async def _open(self, session: Session, producer: UUID, lane: int, seen_last: Opened | None, after: int) -> Opened:
+        cursor = await session.cursor().execute(session.statements["lanes"], {"producer": producer})
+        if lane == 0 and (lanes := cursor.rowcount) > 1:
+            # By one lane all of a batch would be applied, also what another lane has done.
+            raise SinkFault("other", f"producer {producer} has {lanes} lanes: only Tracker('postgresql:…') goes on")
+        return await self._opened(session, producer, lane, seen_last, after)
+
+    async def _opened(
+        self, session: Session, producer: UUID, lane: int, seen_last: Opened | None, after: int
+    ) -> Opened:
         key = {"producer": producer, "lane": lane}
         known = max(last.epoch if last else 0 for last in (self._last.get((producer, lane)), seen_last))
         cursor = session.cursor()
