@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tracker_daemon import breath
+from tests.helpers import PATIENCE
+from tracker_daemon import Tracker, breath
+from tracker_daemon.backlog import Backlog
 from tracker_daemon.breath import Breath
+from tracker_daemon.generation import Generation
+from tracker_daemon.postgres import encoding
+from tracker_daemon.postgres.sink import COPY_FROM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from prometheus_client import CollectorRegistry
 
 
 class Clock:
@@ -56,3 +64,31 @@ def test_sizes(sleeping: Callable[..., None]) -> None:
         found.take()
         sizes.append(found.size)
     assert sizes == [20, 40, 40, 10, 20]
+
+
+def test_no_step_is_long(database: str, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two moments the worker folds, checks, encodes and lets go of few rows, however many there are."""
+    monkeypatch.setattr(breath, "_LATE", float("inf"))  # the host is idle, whatever the machine is at
+    longest: Counter[str] = Counter()
+
+    def watch(owner: object, name: str, size: Callable[..., int]) -> None:
+        do = getattr(owner, name)
+
+        def watched(*given: object) -> object:
+            done = do(*given)
+            longest[name] = max(longest[name], size(done, given))
+            return done
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Backlog, "drain", lambda done, _: done)
+    watch(encoding, "fits_stage", lambda _, given: len(given[0]))
+    watch(encoding.StageRows, "block", lambda _, given: len(given[1]))
+    watch(Generation, "release", lambda _, given: len(given[1]))
+    number = 3 * COPY_FROM
+    with Tracker(database, registry=registry, flush_interval=600, max_queue_size=number) as tracker:
+        for thread in range(number):
+            assert tracker.record_turn(f"thread-{thread}", "agent", 1, 0.1)
+        tracker.flush(PATIENCE)
+    assert set(longest) == {"drain", "fits_stage", "block", "release"}
+    assert max(longest.values()) <= 500

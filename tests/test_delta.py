@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import any_costs, costs, names
-from tracker_daemon.delta import ThreadDelta, plain
+from tracker_daemon.delta import ThreadDelta, plain, rows_of
 from tracker_daemon.memory_sink import MemoryRow
 from tracker_daemon.postgres.encoding import arrays, fits_stage
 
@@ -124,7 +124,7 @@ def test_costs_are_exact(amounts: list[Any], cut: int) -> None:
     if 0 < cut < len(amounts):
         assert cost_of(*amounts[:cut]).merge(cost_of(*amounts[cut:])).cost == whole.cost
     assert Decimal(arrays([whole])["costs"].strip("{}")) == expected
-    if fits_stage([whole]):
+    if fits_stage(rows_of([whole])):
         assert Decimal(whole.cost_units).scaleb(-12, WIDE) == expected
 
 

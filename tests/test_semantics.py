@@ -20,7 +20,7 @@ from tests import reference_oracle as oracle
 from tests.conftest import run_migrate
 from tests.strategies import LONG, NOW, History, Process, histories, play, processes_of, short_names
 from tracker_daemon import SchemaError
-from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.delta import ThreadDelta, rows_of
 from tracker_daemon.errors import ConfigError
 from tracker_daemon.memory_sink import MemoryRow, MemorySink
 from tracker_daemon.postgres import encoding
@@ -219,7 +219,7 @@ def test_any_history_by_copy(world: World, history: History) -> None:
     world.empty()
     expected = world.reference(with_ensures(history.records))
     for process in world.play(history):
-        assert all(encoding.fits_stage(batch.deltas) for batch in process.sent)
+        assert all(encoding.fits_stage(rows_of(batch.deltas)) for batch in process.sent)
     assert_as_reference(world, history, expected)
 
 
@@ -339,7 +339,7 @@ def test_numbers_at_the_edges(world: World, cost: Any, tokens: int, fits: bool) 
     """What does not fit the columns of COPY goes as arrays, with everything else of its batch; rows are the same."""
     history = one_window(("t", NOW), ("u", NOW), ("t", "a", tokens, cost, NOW), ("u", "b", 1, 0.1, NOW))
     (process,) = world.play(history)
-    assert [encoding.fits_stage(batch.deltas) for batch in process.sent] == [fits]
+    assert [encoding.fits_stage(rows_of(batch.deltas)) for batch in process.sent] == [fits]
     assert_as_reference(world, history, world.reference(history.records))
 
 
@@ -348,7 +348,7 @@ def test_long_names(world: World, thread_id: str) -> None:
     """Ids that are longer than COPY's column go as arrays; rows are the same."""
     history = one_window((thread_id, NOW), (thread_id, thread_id, 1, 1, NOW), (thread_id, thread_id, NOW), ("t", NOW))
     (process,) = world.play(history)
-    assert [encoding.fits_stage(batch.deltas) for batch in process.sent] == [len(thread_id) <= 120]
+    assert [encoding.fits_stage(rows_of(batch.deltas)) for batch in process.sent] == [len(thread_id) <= 120]
     assert_as_reference(world, history, world.reference(history.records))
 
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from uuid import UUID, uuid4
 
+from tracker_daemon.breath import Breath
 from tracker_daemon.delta import unpacked
 from tracker_daemon.generation import Generation, summed
 from tracker_daemon.intake import Intake
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from tracker_daemon.journal.journal import Journal
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
+
+# Rows let go of at once.
+_RELEASED: Final = 500
+_MOST_RELEASED: Final = 4_000
 
 
 class Backlog(Intake):
@@ -67,6 +72,7 @@ class Backlog(Intake):
         # the queue alone may pass it, not less than a quarter: each window is a file.
         self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
+        self._breath = Breath(_RELEASED, _MOST_RELEASED)
 
     # -- the worker's side -------------------------------------------------------------------------
 
@@ -257,6 +263,7 @@ class Backlog(Intake):
             sealed.batches.popleft()
             sealed.settled += 1
             self._totals.settle(batch, applied)
+            self._breath.take()
             released = self._release(batch)
             # In this order: until the room grows, whoever counts finds the released threads that wait again.
             self._moves += 1
@@ -360,7 +367,10 @@ class Backlog(Intake):
         """Let go of a settled batch; return of how many of its threads nothing more is held."""
         generation = self.sealed[0].generation
         assert generation is not None  # it was the head
-        left = generation.release(batch)
-        for other in (*self._resident, self._window):
-            left = other.without(left)
-        return len(left)
+        released = 0
+        for part in self._breath.parts(batch.rows):
+            left = generation.release(part)
+            for other in (*self._resident, self._window):
+                left = other.without(left)
+            released += len(left)
+        return released

@@ -177,9 +177,8 @@ class Generation:
             while batch := tuple(islice(rows, size)):
                 yield Deltas(batch)
 
-    def release(self, batch: Deltas) -> list[str]:
-        """Let go of a settled batch; return its threads."""
-        rows = batch.rows
+    def release(self, rows: Sequence[Row]) -> list[str]:
+        """Let go of rows of a settled batch; return their threads."""
         # A batch is cut from one of the two.
         part = self.deltas if self.deltas.get(rows[0][0]) is rows[0] else self.followers
         threads = [row[0] for row in rows]

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from tracker_daemon.journal.journal import Journal
 
 # Calls folded at once.
-_CHUNK: Final = 250
-_LARGEST_CHUNK: Final = 20_000
+_CHUNK: Final = 125
+_LARGEST_CHUNK: Final = 2_000
 _WHILE: Final = 0.001
 # A caller may be suspended between looking at the gate and appending. Its call is found by these second looks
 # before the worker sleeps for good; one that stays suspended for longer is found by the next call, flush or close.

@@ -164,9 +164,8 @@ def _rest(row: Row) -> bool:
     return row[8] is not None and row[8][3] is not None
 
 
-def fits_stage(deltas: Sequence[ThreadDelta]) -> bool:
-    """Say whether every delta fits the columns of sql/stage.sql."""
-    rows = rows_of(deltas)
+def fits_stage(rows: Sequence[Row]) -> bool:
+    """Say whether every one of *rows* fits the columns of sql/stage.sql."""
     return (
         max(map(len, map(itemgetter(0), rows))) <= STAGE_NAME
         and all(min(map(of, rows)) > -_BIGINT and max(map(of, rows)) < _BIGINT for of in map(itemgetter, (2, 3)))

@@ -42,10 +42,8 @@ if TYPE_CHECKING:
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
 # Deltas encoded at once.
-_PART: Final = 500
-_LARGEST_PART: Final = 10_000
-# Deltas looked at once, which is quicker.
-_LOOKED_AT: Final = 2_500
+_PART: Final = 250
+_LARGEST_PART: Final = 4_000
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _PROBES: Final = 16
@@ -242,11 +240,7 @@ class PostgresSink:
     def _by_copy(self, session: Session, deltas: Sequence[ThreadDelta]) -> bool:
         if len(deltas) < self._copy_from or not session.may_stage:
             return False
-        for start in range(0, len(deltas), _LOOKED_AT):
-            if not encoding.fits_stage(deltas[start : start + _LOOKED_AT]):
-                return False
-            self._breath.take()
-        return True
+        return all(map(encoding.fits_stage, self._breath.parts(rows_of(deltas))))
 
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
         cursor = session.cursor()
