@@ -198,6 +198,9 @@ def test_files_again_after_windows_in_memory(disk: SmallDisk, trackers: Trackers
     for i in range(20):
         assert tracker.record_turn(f"kept-{i}", "agent", digits.tokens(f"kept-{i}"))
     shutil.copytree(journal, tmp_path / "copy")  # what a kill at this instant leaves
+    for path in (tmp_path / "copy").glob("*.journal"):
+        if "-open-" not in path.name:
+            path.unlink()  # kept of what is applied, as it happens: then the open window would follow that one
     after = trackers(sink, journal=tmp_path / "copy")
     after.flush(PATIENCE)
     after.close()
