@@ -381,7 +381,6 @@ class Tracker(FrontDoor):
 
     def after_fork(self) -> None:
         """It has, and this is the parent."""
-        self._backlog.forking = False
         self._worker.after_fork()
 
     def at_fork(self) -> None:

@@ -160,6 +160,7 @@ class Worker:
 
     def after_fork(self) -> None:
         """This process has forked, and is the parent: it may not sleep for as long as before."""
+        self._backlog.forking = False
         if self._keeper is not None and self._keeper.share() and self.started:
             self.wake()
 
