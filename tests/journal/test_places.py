@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.faults.harness import PATIENCE
+from tests.helpers import Trackers, wait_until
 from tests.journal.forgetful import ForgetfulSink, told
 from tests.journal.rig import Calls, Rig, small_files
+from tracker_daemon import Tracker, journal_keeper
+from tracker_daemon.clock import SystemClock
 from tracker_daemon.journal.lock import DirectoryLock, noted, try_lock
 from tracker_daemon.memory_sink import MemorySink
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import anyio
 
     from tracker_daemon.sink import Sink
 
@@ -123,6 +129,32 @@ def test_taken_over_and_given_back(tmp_path: Path) -> None:
     assert parent.journal.recovered == 9
     assert len(parent.flusher._acknowledged) <= 2, "its own, and the last one's"
     parent.crash()
+
+
+class Watched(SystemClock):
+    """Knows for how long somebody waits."""
+
+    timeout: float | None = 0.0
+
+    async def wait(self, event: anyio.Event, timeout: float | None) -> bool:  # noqa: ASYNC109 - the protocol's
+        """See `Clock.wait`."""
+        self.timeout = timeout
+        return await super().wait(event, timeout)
+
+
+def test_parent_that_is_idle(tmp_path: Path, trackers: Trackers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sleeps until a call wakes it; once it has forked it looks by itself."""
+    clock, sink, calls = Watched(), MemorySink(), Calls()
+    monkeypatch.setattr(Tracker, "_clock", clock)
+    monkeypatch.setattr(journal_keeper, "_ADOPT_EVERY", 0.01)
+    tracker = trackers(sink, journal=tmp_path)
+    assert tracker.record_turn("p")
+    tracker.flush(PATIENCE)
+    wait_until(lambda: clock.timeout is None or clock.timeout > 86_400, "it sleeps")
+    tracker.after_fork()
+    dead_child(tmp_path, sink, calls, "c")
+    wait_until(lambda: "c" in sink.rows and sink.rows["c"].turn_count == 3, "the child's calls applied")
+    tracker.close()
 
 
 def test_not_more_than_so_many_at_once(tmp_path: Path) -> None:
