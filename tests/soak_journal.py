@@ -1,7 +1,8 @@
 """Kills: `make soak-journal KILLS=1000`. What a process was told is accepted survives `kill -9`, and counts once.
 
 One life after the other works on the same journal: several threads call, and note each call, in memory that outlives
-the process, after it returned `True`. The supervisor, outside, kills the life (SIGKILL) at a random instant, or while it
+the process, after it returned `True`. With `--forks N` each life also forks so many children, one after the other, that
+call and end without closing, and takes over what they left. The supervisor, outside, kills the life (SIGKILL) at a random instant, or while it
 recovers, flushes or closes, or while the server is stopped or restarts; settings differ from life to life. Now and
 then it leaves half a record behind the last one, as a kill in the middle of a copy does. At the end a last life drains,
 and the table is compared with the notes by the digits oracle.
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 CALLERS = 3
 MOST_CALLS = 2_000  # a caller and life
+MOST_FORKS = 40
 PLACES = 7
 PATIENCE = 60.0
 TORN = "half-a-record"
@@ -80,6 +82,9 @@ NEEDED = [
 ]
 
 
+NEEDED_OF_FORKS = ["times taken over from dead children", "kills while taking over", "calls of children"]
+
+
 class Note(IntEnum):
     """Where a life notes what, in words."""
 
@@ -100,8 +105,12 @@ class Note(IntEnum):
     CLOSING = 11
     REFUSED = 12
     RECOVERED_ALL = 13
-    CALLS = 16
-    """From here on: calls noted, by caller."""
+    CHILD = 14
+    """The process id of the last child."""
+    TAKING_OVER = 15
+    TAKEN_OVER = 16
+    CALLS = 17
+    """From here on: calls noted, by caller; then by child."""
 
 
 def call(name: str, caller: int, number: int) -> tuple[str, int]:
@@ -116,7 +125,7 @@ class Notes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.write_bytes(bytes(8 * (Note.CALLS + CALLERS)))
+        path.write_bytes(bytes(8 * (Note.CALLS + CALLERS + MOST_FORKS)))
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         self._words = memoryview(self._map).cast("Q")
@@ -131,8 +140,8 @@ class Notes:
 
     @property
     def calls(self) -> list[int]:
-        """Calls noted, by caller."""
-        return [self[Note.CALLS + caller] for caller in range(CALLERS)]
+        """Calls noted, by caller, and then by child."""
+        return [self[Note.CALLS + caller] for caller in range(CALLERS + MOST_FORKS)]
 
     def close(self) -> None:
         """Let go."""
@@ -146,6 +155,7 @@ class Victims:
 
     def __init__(self, errors: Path) -> None:
         self._errors = errors.open("w")
+        self._life = 0
         self.process = subprocess.Popen(
             command("journal_victim.py"),
             stdin=subprocess.PIPE,
@@ -161,12 +171,13 @@ class Victims:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{json.dumps(life)}\n")
         self.process.stdin.flush()
-        return int(self._answer()["pid"])
+        self._life = int(self._answer()["pid"])
+        return self._life
 
     def end(self, pid: int) -> int:
-        """Kill a life; return the status it ended with."""
+        """Kill a life, and the child it has; return the status it ended with."""
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
         return int(self._answer()["status"])
 
     def _answer(self) -> dict[str, int]:
@@ -176,8 +187,10 @@ class Victims:
 
     def close(self) -> None:
         """End the program and whatever it began."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for group in (self.process.pid, self._life):
+            with suppress(ProcessLookupError):
+                if group:
+                    os.killpg(group, signal.SIGKILL)
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self._errors):
             assert stream is not None
@@ -190,12 +203,13 @@ class KillSoak:
     Args:
         folder: for the server and the journal; it must be reachable by the server's user.
         kills: how many.
+        forks: how many children each life forks.
         seed: of the instants and the settings.
         say: told how it goes.
     """
 
-    def __init__(self, folder: Path, kills: int, seed: int, say: Callable[[str], None]) -> None:
-        self.folder, self.kills, self.say = folder, kills, say
+    def __init__(self, folder: Path, kills: int, seed: int, say: Callable[[str], None], forks: int = 0) -> None:
+        self.folder, self.kills, self.say, self.forks = folder, kills, say, forks
         self.random = random.Random(seed)
         self.journal = folder / "journal"
         self.met: Counter[str] = Counter()
@@ -251,12 +265,14 @@ class KillSoak:
                 notes=str(notes.path),
                 callers=CALLERS,
                 close_within=chance.choice([0.05, 5.0]),
+                forks=self.forks,
                 **self._settings(kind),
             )
             restart = Thread(target=server.restart, args=("immediate",)) if kind == "server restarts" else None
             self._await_instant(kind, pid, notes, restart)
             status = victims.end(pid)
             assert status in (-signal.SIGKILL, 0), f"life {name} ended with {status}"
+            self._until(lambda: not notes[Note.CHILD] or has_ended(notes[Note.CHILD]), notes)
             self._look(notes, name, kind, killed=status != 0, server=server if server.running else None)
         if restart is not None and restart.ident:
             restart.join()
@@ -274,7 +290,8 @@ class KillSoak:
                 "max_batch_size": chance.choice([3, 100, 100, 10_000, 10_000]),
                 "flush_interval": chance.choice([0.002, 0.02, 0.25]),
                 "journal_sync": chance.choice([0, 0.1]),
-                "journal_retain": chance.choice([0, 1, 10]),
+                # Each start looks at what is kept of every child: at so many that lives end before they are through.
+                "journal_retain": chance.choice([0, 0, 1] if self.forks else [0, 1, 10]),
                 "max_pending": 40 if small else 1_000_000,
                 "max_queue_size": 200 if small else 100_000,
                 "journal_quota": 256 << 20,
@@ -298,10 +315,10 @@ class KillSoak:
             restart.start()
         elif kind != "server away" and chance.random() < 0.4:
             self._until(lambda: notes[Note.RECOVERED_ALL], notes)
-        self._pause.wait(chance.uniform(0, 0.3))
+        self._pause.wait(chance.uniform(0, 1.5 if self.forks else 0.3))
         if kind == "flush":
             done = [MOST_CALLS] * CALLERS
-            self._until(lambda: notes[Note.FLUSHING] > notes[Note.FLUSHED] or notes.calls == done, notes)
+            self._until(lambda: notes[Note.FLUSHING] > notes[Note.FLUSHED] or notes.calls[:CALLERS] == done, notes)
             self._pause.wait(chance.uniform(0, 0.003))
         elif kind == "close":
             os.kill(pid, signal.SIGTERM)
@@ -328,6 +345,9 @@ class KillSoak:
         met["torn tails"] += notes[Note.TORN]
         met["windows spilled"] += notes[Note.SPILLED]
         met["calls refused"] += notes[Note.REFUSED]
+        met["calls of children"] += sum(notes.calls[CALLERS:])
+        met["times taken over from dead children"] += notes[Note.TAKEN_OVER]
+        met["kills while taking over"] += killed and notes[Note.TAKING_OVER] > notes[Note.TAKEN_OVER]
         if not killed:
             return
         met["kills in recovery"] += not notes[Note.RECOVERED_ALL]
@@ -374,7 +394,8 @@ class KillSoak:
         self.verdict, self.in_doubt = compare(self.noted, dict(found))
 
     def _judge(self) -> bool:
-        unmet = [name for name in NEEDED if not self.met[name]]
+        needed = NEEDED + (NEEDED_OF_FORKS if self.forks else [])
+        unmet = [name for name in needed if not self.met[name]]
         accepted = sum(map(sum, self.noted.values()))
         self.say("")
         for name, count in sorted(self.met.items()):
@@ -394,6 +415,14 @@ class KillSoak:
         if unmet:
             self.say(f"  never met: {', '.join(unmet)}: the run proves nothing about it")
         return self.verdict.exact and self.verdict.once == accepted and not unmet and not self._told
+
+
+def has_ended(pid: int) -> bool:
+    """Say whether a process is no more, or waits only for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
 
 
 def end_of_records(data: bytes) -> int:
@@ -434,13 +463,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Kill a process over and over; count what is missing and doubled.")
     parser.add_argument("--kills", type=int, default=1_000)
+    parser.add_argument("--forks", type=int, default=0, choices=range(MOST_FORKS + 1), metavar="N")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="tracker-soak-"))
     folder.chmod(0o755)
     print(f"seed {options.seed}, {options.kills} kills, {CALLERS} callers", flush=True)  # noqa: T201
     try:
-        exact = KillSoak(folder, options.kills, options.seed, lambda line: print(line, flush=True)).run()  # noqa: T201
+        exact = KillSoak(folder, options.kills, options.seed, lambda line: print(line, flush=True), options.forks).run()  # noqa: T201
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if exact else 1

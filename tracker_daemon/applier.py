@@ -88,7 +88,8 @@ class Applier:
         self._acknowledged: dict[UUID, Opened] = {}
         self._missing: tuple[UUID, int, int] | None = None
         self._producer: UUID | None = None
-        self._forgotten = False
+        self._in_doubt: set[UUID] = set()
+        """Earlier lives of which the database may have forgotten what it had, unseen by this life's own ledger."""
         self._in_hand: Window | None = None
         self._recovered_until: dict[UUID, int] = {}
         """Of each earlier life, the sequence up to which it is settled here."""
@@ -211,7 +212,8 @@ class Applier:
 
     def _regressed(self, error: LedgerRegressed) -> None:
         self._numbers.regressions += 1
-        self._forgotten = self._journal is not None
+        if self._journal is not None:
+            self._in_doubt.update(self._journal.retained_producers)
         self._tell(error, "database_forgot_commits", level="error", always=True)
 
     # -- the journal ----------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class Backlog(Intake):
     def end_recovery(self) -> None:
         """What earlier lives left is applied, or stays where it is."""
         if self._journal is not None:
-            self._journal.recovering = False
+            self._journal.end_recovery()
 
     @property
     def in_flight(self) -> bool:

@@ -53,8 +53,7 @@ class Flusher(Recovery):
                 window = backlog.settle(deltas, applied)
                 if self._journal is not None and window is not None:
                     self._journal.applied(window)
-                if self._forgotten:
-                    self._forgotten = False
+                if self._in_doubt:
                     await self._repair_earlier_lives()
         except Halted as halted:
             self.halted = halted.__cause__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ async def recover(
             directory, sync_interval=0.0, retain=_RETAIN, quota=2**62, max_batch_size=1, create_missing=True
         )
         try:
-            journal.adopt()
+            journal.adopt(sys.maxsize)
             return await _recover(journal, conninfo, table, skip_damage=skip_damage, tell=tell, again=again)
         finally:
             journal.end()

@@ -28,8 +28,9 @@ class Recovery(Applier):
     async def recover(self) -> None:
         """Apply what earlier processes left, each life under its own identity; return when that is done."""
         journal = self._journal
-        if journal is None or not journal.left:
+        if journal is None or not journal.waiting:
             return
+        self._forget_done(journal)
         await self._in_thread(journal.sync_left)
         for life, error in journal.lives():
             try:
@@ -47,9 +48,14 @@ class Recovery(Applier):
                 told.__cause__ = cause
                 self._tell(told, "journal_set_aside", level="error", always=True)
         self._numbers.fenced = False
-        # What the database forgets before this life is registered there, its own ledger cannot show.
-        self._forgotten = bool(journal.retained_producers)
         self._backlog.end_recovery()
+
+    def _forget_done(self, journal: Journal) -> None:
+        """Forget earlier lives of which nothing is here any more: children come and go without end."""
+        known = {journal.producer, *journal.left, *journal.retained_producers}
+        for by_producer in (self._acknowledged, self._positions, self._recovered_until):
+            for producer in by_producer.keys() - known:
+                del by_producer[producer]
 
     async def _recover(self, journal: Journal, life: Life) -> None:
         producer = life.producer
@@ -70,6 +76,10 @@ class Recovery(Applier):
             journal.recovered_life(life)
             self._say("info", "journal_collected", life=str(producer))
             return
+        if known is None:
+            await self._in_thread(journal.note_registered, life, position.epoch)
+        # What the database forgets of it before this life's next commit, its own ledger cannot show.
+        self._in_doubt.add(producer)
         calls = 0
         for number, window in enumerate(life.windows):
             following = life.windows[number + 1].first if number + 1 < len(life.windows) else None
@@ -115,8 +125,9 @@ class Recovery(Applier):
     async def _repair_earlier_lives(self) -> None:
         """Apply again what the database may have forgotten of earlier lives since they were recovered."""
         assert self._journal is not None
+        in_doubt, self._in_doubt = self._in_doubt, set()
         for producer in self._journal.retained_producers:
-            if producer != self._journal.producer:
+            if producer in in_doubt and producer != self._journal.producer:
                 with suppress(Halted):
                     position = await self._persist(lambda producer=producer: self._open(producer))  # type: ignore[misc]
                     await self._apply_again(producer, position.applied_sequence, sys.maxsize)

@@ -381,7 +381,7 @@ class Tracker(FrontDoor):
 
     def after_fork(self) -> None:
         """It has, and this is the parent."""
-        self._backlog.forking = False
+        self._worker.after_fork()
 
     def at_fork(self) -> None:
         """This is a fork's child: the parent's calls are the parent's. Again: no effect."""

@@ -5,7 +5,7 @@ Rules:
    plain threads are alike to it.
 2. It holds the interpreter for a small chunk of calls at a time, and lets go between two of them.
 3. With nothing pending it sleeps until a call wakes it, and wakes nothing itself; with a journal once a week, to give
-   the ledger a sign of life.
+   the ledger a sign of life, and, where processes share it, once a minute, to take over what dead children left.
 4. Once told to stop it ends by the deadline, whatever the sink does; what is then pending is counted as lost.
 """
 
@@ -27,9 +27,9 @@ import anyio.lowlevel
 from tracker_daemon.barriers import Barriers
 from tracker_daemon.books import DrainReport
 from tracker_daemon.breath import Breath
+from tracker_daemon.journal_keeper import JournalKeeper
 from tracker_daemon.late_executor import LateExecutor
 from tracker_daemon.logs import get_logger
-from tracker_daemon.mending import Mender
 
 if TYPE_CHECKING:
     import asyncio
@@ -91,8 +91,7 @@ class Worker:
         self._backlog, self._make_flusher, self._clock = backlog, make_flusher, clock
         self._on_start, self._journal = on_start, journal
         self._breath = Breath(_CHUNK, _LARGEST_CHUNK)
-        self._synced_at = 0.0
-        self._syncing = False
+        self._keeper = None if journal is None else JournalKeeper(backlog, journal, clock, self._on_wake)
         self._flush_interval = flush_interval
         self.finished: Future[DrainReport] = Future()
         """Set when the thread has ended what it had to do."""
@@ -158,6 +157,12 @@ class Worker:
                 loop.call_soon_threadsafe(self._on_wake)
         if self.finished.done():
             self._backlog.abandon("closed")  # a call that overlapped with the very end of `close`
+
+    def after_fork(self) -> None:
+        """This process has forked, and is the parent: it may not sleep for as long as before."""
+        self._backlog.forking = False
+        if self._keeper is not None and self._keeper.share() and self.started:
+            self.wake()
 
     def barrier(self) -> Future[bool]:
         """Return a future that is done when every call accepted until now is settled: `False` if some are lost."""
@@ -267,8 +272,8 @@ class Worker:
                 backlog.close()  # what will never be written is not accepted
             self._barriers.release(everyone=self.halted is not None)
             self._seal_if_due(now, seen_empty)
-            if self._journal is not None:
-                self._keep(self._journal, now, tasks)
+            if self._keeper is not None:
+                self._keeper.keep(now, tasks)
             if backlog.queue:
                 if len(backlog.queue) >= self._breath.size:
                     self._breath.take()
@@ -279,8 +284,8 @@ class Worker:
             if backlog.window_threads == 0:
                 seen_empty = now
             idle_looks = 0 if drained or not backlog.is_empty else idle_looks + 1
-            if idle_looks > len(_SECOND_LOOKS) and self._until_sign(now) == 0.0:
-                self._sealed.set()  # nothing is: the flusher is to give a sign
+            if idle_looks > len(_SECOND_LOOKS) and self._until_due(now) == 0.0:
+                self._sealed.set()  # nothing is: the flusher is to give a sign, or to look for what children left
             await self._rest(seen_empty, idle_looks)
 
     async def _rest(self, seen_empty: float, idle_looks: int) -> None:
@@ -289,12 +294,11 @@ class Worker:
         timeout: float | None = self._flush_interval
         if idle_looks:
             self._backlog.shut_gate()
-            timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else self._until_sign(now)
+            timeout = _SECOND_LOOKS[idle_looks - 1] if idle_looks <= len(_SECOND_LOOKS) else self._until_due(now)
         elif self._backlog.window_threads and not self._backlog.in_flight:
             timeout = max(0.0, seen_empty + self._flush_interval - now)
-        if self._journal is not None and self._journal.sync_interval and not self._syncing and self._journal.dirty:
-            due = max(0.0, self._synced_at + self._journal.sync_interval - now)
-            timeout = due if timeout is None else min(timeout, due)
+        if self._keeper is not None and (due := self._keeper.sync_due) != inf:
+            timeout = max(0.0, due - now) if timeout is None else min(timeout, max(0.0, due - now))
         if self._stopping:
             left = max(0.0, self._last_moment - now)
             timeout = left if timeout is None else min(timeout, left)
@@ -303,9 +307,13 @@ class Worker:
             await self._clock.wait(event, timeout)
         await anyio.lowlevel.checkpoint()
 
-    def _until_sign(self, now: float) -> float | None:
-        due = self._flusher.sign_due if self._flusher is not None else None
-        return None if due is None else max(0.0, due - now)
+    def _until_due(self, now: float) -> float | None:
+        """Return how long an idle worker may sleep."""
+        sign = self._flusher.sign_due if self._flusher is not None else None
+        due = inf if sign is None else sign
+        if self._keeper is not None and self.halted is None:
+            due = min(due, self._keeper.adopt_due)
+        return None if due == inf else max(0.0, due - now)
 
     def _seal_if_due(self, now: float, opened: float) -> None:
         backlog = self._backlog
@@ -323,26 +331,6 @@ class Worker:
             backlog.seal()
             self._sealed.set()
 
-    def _keep(self, journal: Journal, now: float, tasks: TaskGroup) -> None:
-        """See to the journal: fsync by group, mend what cannot be trusted, let go of what is on the disk."""
-        if self._syncing:
-            return
-        Mender(self._backlog, journal).mend()
-        if journal.sync_interval and now - self._synced_at >= journal.sync_interval and journal.dirty:
-            self._syncing = True
-            tasks.start_soon(self._sync, journal)
-
-    async def _sync(self, journal: Journal) -> None:
-        import asyncio  # noqa: PLC0415
-
-        try:
-            await asyncio.get_running_loop().run_in_executor(None, journal.sync)
-            journal.release_synced()
-        finally:
-            self._syncing = False
-            self._synced_at = self._clock.monotonic()
-            self._on_wake()
-
     async def _flush_loop(self, flusher: Flusher) -> None:
         await self._recover(flusher)
         while True:
@@ -354,8 +342,8 @@ class Worker:
             self._on_wake()
 
     async def _recover(self, flusher: Flusher) -> None:
-        if self._journal is not None:
-            self._journal.adopt()
+        if self._keeper is not None and self.halted is None:
+            self._keeper.adopt()
         if self._backlog.recovering:
             await flusher.recover()
             self._on_wake()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,11 +27,13 @@ class Interruption:
     def during(self, do: Callable[[], object]) -> None:
         """Run *do* with it."""
         before = sys.gettrace()
+        gc.disable()  # what the collector would finalize meanwhile is of others
         sys.settrace(self._trace)
         try:
             do()
         finally:
             sys.settrace(before)
+            gc.enable()
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         if _WHERE not in frame.f_code.co_filename or self.happened:

@@ -150,6 +150,73 @@ def test_a_life_that_never_reached_the_database(tmp_path: Path, caplog: pytest.L
     assert len(told(caplog, "journal_set_aside")) == 1
 
 
+class Dying(MemorySink):
+    """The process dies when so many batches are in the database, and before it can note that."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    async def apply(self, batch: Batch) -> Applied:
+        """See `Sink.apply`."""
+        applied = await super().apply(batch)
+        if len(self.batches) == self.after:
+            raise KeyboardInterrupt
+        return applied
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_killed_in_the_first_window_of_its_recovery(
+    after: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A life that never reached the database: that it is registered now is noted before anything of it is applied.
+
+    So without its row, which somebody has truncated meanwhile, nothing of it is applied again.
+    """
+    sink, calls = Dying(after), Calls()
+    rig = Rig(tmp_path, sink)
+    for thread_id in ("t0", "t1", "t2", "t3"):  # two batches
+        rig.call(calls.next(thread_id))
+    rig.seal()
+    rig.call(calls.next("t0"))
+    rig.seal()
+    rig.crash()
+    first = Rig(tmp_path, sink)
+    with pytest.raises(KeyboardInterrupt):
+        first.recover()
+    first.crash()
+    there = Calls.counted(sink.rows)
+    assert len(sink.batches) == after
+    sink.ledger.clear()
+    recovered(tmp_path, sink)
+    assert Calls.counted(sink.rows) == there
+    assert len(told(caplog, "journal_set_aside")) == 1
+
+
+def test_registered_and_nothing_applied(tmp_path: Path) -> None:
+    """Killed right after the note: the row is there, and everything is applied once."""
+    sink, calls = Dying(-1), Calls()
+    rig = Rig(tmp_path, sink)
+    for _ in range(2):
+        rig.call(calls.next("t0"))
+        rig.seal()
+    rig.crash()
+    first = Rig(tmp_path, sink)
+    first.flusher._recover_window = dies  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.recover()
+    first.crash()
+    assert not sink.rows
+    assert sink.ledger
+    recovered(tmp_path, sink)
+    assert Calls.counted(sink.rows) == calls.made
+
+
+async def dies(_: object) -> int:
+    """Be killed."""
+    raise KeyboardInterrupt
+
+
 class Losing(MemorySink):
     """Loses its ledger right after the first batch."""
 

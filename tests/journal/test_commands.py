@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from prometheus_client import CollectorRegistry
 
 from tests.helpers import ledger, query, turns
+from tests.journal.forgetful import told
 from tests.journal.rig import Calls, Rig, small_files
 from tests.journal.test_repair import offsets, spoil
 from tracker_daemon import MemorySink, Tracker
@@ -316,7 +317,7 @@ def forgotten(directory: Path) -> tuple[Rig, Calls]:
 
 
 @pytest.mark.parametrize("spelled", ["hex", "urn"])
-def test_again(spelled: str, tmp_path: Path, database: str) -> None:
+def test_again(spelled: str, tmp_path: Path, database: str, caplog: pytest.LogCaptureFixture) -> None:
     """What a restored backup forgot as a whole is applied when it is asked for by name; from then on exactly once."""
     rig, calls = forgotten(tmp_path)
     producer = rig.journal.producer
@@ -330,6 +331,7 @@ def test_again(spelled: str, tmp_path: Path, database: str) -> None:
     named = {"hex": producer.hex, "urn": str(producer)}[spelled]
     result = cli("recover", tmp_path, "--database", database, "--again", named)
     assert result.exit_code == 0
+    assert told(caplog, "batches_missing") == [], "it begins right before the first window that is here"
     assert result.stderr == (
         f"life {producer.hex}: registered anew at sequence 2; all that its 2 windows hold is applied, as if none of it "
         "had been\n"
@@ -362,6 +364,7 @@ def test_again_cut_short(tmp_path: Path, database: str, monkeypatch: pytest.Monk
     assert CliRunner().invoke(program, words).exit_code != 0
     monkeypatch.undo()
     assert [batch.sequence for batch in done] == [3]
+    assert [(producer, sequence) for producer, _, sequence in ledger(database)] == [(str(rig.journal.producer), 3)]
     assert cli("recover", tmp_path, "--database", database).exit_code == 0
     assert turns(database) == len(calls.made) == 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,10 +94,10 @@ def test_a_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.M
     """The places of a fork's children."""
     rig = Rig(tmp_path, MemorySink())
 
-    def broken(path: Path, _: str) -> Any:
+    def broken(path: Path) -> Any:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(Path, "glob", broken)
+    monkeypatch.setattr(os, "listdir", broken)
     rig.journal.adopt()
     assert rig.journal.errors == {"list": 1}
     rig.crash()

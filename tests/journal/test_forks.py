@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -29,9 +29,9 @@ def _deadline() -> Iterator[None]:
         yield
 
 
-def play(scene: str, database: str, journal: Path, status: int = 0) -> Outcome:
+def play(scene: str, database: str, journal: Path, status: int = 0, *more: str) -> Outcome:
     """Run a scene to its end."""
-    outcome = run_program("journal_forks.py", scene, database, str(journal))
+    outcome = run_program("journal_forks.py", scene, database, str(journal), *more)
     assert (outcome.returncode, outcome.stderr) == (status, "")
     assert not [line for line in outcome.said if "failed" in line or line.get("lost")]
     return outcome
@@ -119,6 +119,47 @@ def test_several_trackers_in_one_host(database: str, tmp_path: Path) -> None:
     outcome = play("several_again", database, tmp_path)
     assert exact(database, killed, outcome)
     assert {line["who"]: line["applied"] for line in outcome.said} == {"one": 40, "two": 40}
+
+
+def test_children_that_end_one_after_another(database: str, tmp_path: Path) -> None:
+    """Hundreds that call and end without closing, beside a parent that lives: it takes over what they left.
+
+    All places together stay within the quota, and each call counts once.
+    """
+    outcome = play("one_after_another", database, tmp_path)
+    assert exact(database, outcome)
+    assert [line["degraded"] for line in outcome.said if "degraded" in line] == [False] * 300
+    seen: dict[str, Any] = {}
+    for line in outcome.said:
+        seen |= line if line["who"] == "parent" else {}
+    assert seen["quota"] // 2 < seen["most"] <= seen["quota"]
+    assert seen["errors"] == {}
+    assert seen["told"] == seen["taken"] <= seen["quota"] // 2
+    assert seen["held"] <= 65
+
+
+def test_children_while_the_database_is_away(database: str, tmp_path: Path) -> None:
+    """All places together stay within the quota; who finds it used up goes on in memory, and says so."""
+    nowhere = "host=127.0.0.1 port=1 user=postgres dbname=postgres"
+    outcome = run_program("journal_forks.py", "database_away", nowhere, str(tmp_path))
+    assert outcome.returncode == -signal.SIGKILL
+    stored = [line["stored"] for line in outcome.said if "stored" in line]
+    assert stored == [True] * 15 + [False] * 25, "16 MiB: one file each, and the parent's"
+    assert [line["degraded"] for line in outcome.said if "stored" in line] == [not each for each in stored]
+    assert {line["errors"] for line in outcome.said if line.get("degraded")} == {1}
+    assert outcome.stderr.count("event=journal_degraded") == 25
+    [seen] = [line for line in outcome.said if "most" in line]
+    assert seen["most"] == seen["told"] == seen["taken"] == seen["quota"]
+    again = play("again", database, tmp_path)
+    assert exact(database, outcome, again)
+
+
+@pytest.mark.parametrize("instant", ["registered", "noted", "committed", "settled", "kept"])
+def test_killed_while_it_takes_over(database: str, tmp_path: Path, instant: str) -> None:
+    """A parent is killed in the middle of applying what children left that have died: each call counts once."""
+    killed = play("killed_while_it_takes_over", database, tmp_path, -signal.SIGKILL, instant)
+    again = play("again", database, tmp_path)
+    assert exact(database, killed, again)
 
 
 def test_second_process_is_refused(database: str, tmp_path: Path) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from tests.soak_journal import KillSoak
 
 
-def test_kills_in_short() -> None:
-    """50 kills at random instants: each call that was noted as accepted counts once, and no other."""
+@pytest.mark.parametrize("forks", [0, 8])
+def test_kills_in_short(forks: int) -> None:
+    """50 kills at random instants: each call that was noted as accepted counts once, and no other.
+
+    With forks those of children as well, whose dying is taken over from while their parent lives.
+    """
     words: list[str] = []
     with tempfile.TemporaryDirectory(prefix="tracker-kills-") as name:
         Path(name).chmod(0o755)
-        soak = KillSoak(Path(name), 50, seed=3, say=words.append)
+        soak = KillSoak(Path(name), 50, seed=3, say=words.append, forks=forks)
         assert soak.run(), "\n".join(words)
     assert soak.met["kills"] >= 40

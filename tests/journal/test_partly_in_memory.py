@@ -61,7 +61,7 @@ class Room:
 def room(monkeypatch: pytest.MonkeyPatch) -> Room:
     """The disk."""
     small_files(monkeypatch)
-    monkeypatch.setattr("tracker_daemon.journal.journal._RETRY_AFTER", 0.0)
+    monkeypatch.setattr("tracker_daemon.journal.degradation._RETRY_AFTER", 0.0)
     return Room(monkeypatch)
 
 

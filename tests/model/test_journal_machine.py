@@ -91,7 +91,7 @@ class JournalMachine(RuleBasedStateMachine):
         put(patch.object(os, "posix_fallocate", allocate))
         put(patch("tracker_daemon.journal.journal._LEAST", 1_024))
         # After an error a file is tried again at once: what goes to memory meanwhile dies with the process.
-        put(patch("tracker_daemon.journal.journal._RETRY_AFTER", 0.0))
+        put(patch("tracker_daemon.journal.degradation._RETRY_AFTER", 0.0))
         self.unkept = set[tuple[str, int]]()
         self.gone = set[tuple[str, int]]()
         real_forget = Journal.forget

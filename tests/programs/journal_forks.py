@@ -1,6 +1,6 @@
 """One scene of forking with a journal, by name: each process says what it made, and some are killed.
 
-python journal_forks.py SCENE CONNINFO DIRECTORY
+python journal_forks.py SCENE CONNINFO DIRECTORY [INSTANT]
 """
 
 from __future__ import annotations
@@ -8,14 +8,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
+from inspect import iscoroutinefunction
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from prometheus_client import CollectorRegistry
 from telling import WINDOW, say
 
-from tracker_daemon import JournalError, MemorySink, Tracker
+from tracker_daemon import JournalError, MemorySink, Tracker, journal_keeper
+from tracker_daemon.backlog import Backlog
+from tracker_daemon.journal.journal import Journal
+from tracker_daemon.postgres.sink import PostgresSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -252,6 +258,98 @@ def several_again() -> None:
         with new_tracker(f"{DIRECTORY}/{name}") as tracker:
             tracker.flush(20)
             say(name, applied=tracker.stats().applied)
+
+
+def taken() -> int:
+    """Return the bytes that all files in the directory take."""
+    found = 0
+    for path in Path(DIRECTORY).rglob("*.journal"):
+        with suppress(FileNotFoundError):
+            found += path.stat().st_size
+    return found
+
+
+def briefly(tracker: Tracker, name: str) -> None:
+    """Fork a child that makes calls and ends at once, without closing; say what it made if that is in a file."""
+
+    def child() -> None:
+        made = [f"{name}-{i}" for i in range(4)]
+        assert all(tracker.record_turn(thread_id, name, 1) for thread_id in made)
+        journal = tracker._journal
+        assert journal is not None
+        errors = journal.errors["quota"]
+        for thread_id in made if journal.stores_window else ():
+            say(name, made=thread_id)
+        say(name, stored=journal.stores_window, degraded=journal.degraded, errors=errors)
+
+    assert join(fork(child)) == 0
+
+
+def one_after_another() -> None:
+    """A parent that lives, and hundreds of children that call and end without closing: it takes over what they left."""
+    journal_keeper._ADOPT_EVERY = 0.01  # type: ignore[misc]
+    quota, most, flushes, children = 32 << 20, 0, 0, 300
+    tracker = new_tracker(journal_quota=quota)
+    for number in range(children):
+        briefly(tracker, f"c{number}")
+        most = max(most, now := taken())
+        while now > quota // 2:  # as children that are not so many at once
+            make(tracker, f"parent{flushes}", 1)
+            tracker.flush(20)
+            flushes += 1
+            most = max(most, now := taken())
+    tick = Event()
+    with psycopg.connect(CONNINFO, autocommit=True) as connection:  # what is left is found with nothing to flush
+        while connection.execute("SELECT sum(turn_count) FROM conversations").fetchone() != (children * 4 + flushes,):
+            tick.wait(0.01)
+    tracker.flush(20)
+    journal = tracker._journal
+    assert journal is not None
+    errors, held = dict(journal.errors), len(journal._places)
+    say("parent", most=most, quota=quota, held=held, errors=errors, recovered=journal.recovered)
+    say("parent", told=journal.bytes, taken=taken(), lost=tracker.close().lost)
+
+
+def database_away() -> None:
+    """The same with the database away: beyond the quota children go on in memory. Then the parent is killed."""
+    quota, most = 16 << 20, 0
+    tracker = new_tracker(journal_quota=quota)
+    make(tracker, "parent", 4)
+    for number in range(40):
+        briefly(tracker, f"c{number}")
+        most = max(most, taken())
+    assert tracker._journal is not None
+    say("parent", most=most, quota=quota, told=tracker._journal.bytes, taken=taken())
+    killed()
+
+
+def killed_while_it_takes_over() -> None:
+    """A parent that works is killed in the middle of taking over what two children left, after the step named."""
+    journal_keeper._ADOPT_EVERY = 0.05  # type: ignore[misc]
+    tracker = new_tracker(flush_interval=0.02)
+    make(tracker, "parent", 4)
+    tracker.flush(20)
+    owner, name = {
+        "registered": (PostgresSink, "open"),
+        "noted": (Journal, "note_registered"),
+        "committed": (PostgresSink, "apply"),
+        "settled": (Backlog, "settle_recovered"),
+        "kept": (Journal, "recovered_window"),
+    }[sys.argv[4]]
+    step = getattr(owner, name)
+
+    def last(*arguments: Any) -> Any:
+        step(*arguments)
+        killed()
+
+    async def last_of_all(*arguments: Any, **options: Any) -> Any:
+        await step(*arguments, **options)
+        killed()
+
+    setattr(owner, name, last_of_all if iscoroutinefunction(step) else last)
+    for child in ("a", "b"):
+        briefly(tracker, child)
+    signal.pause()
 
 
 def hold() -> None:

@@ -182,7 +182,8 @@ def holder_of(directory: Path) -> str:
         if any(
             line.split()[5].rpartition(":")[2] == inode for line in _LOCKS.read_text().splitlines() if "FLOCK" in line
         ):
-            return lock.read_text(encoding="ascii", errors="replace").strip() or "(unknown)"
+            text = lock.read_text(encoding="ascii", errors="replace")
+            return text.partition("\n")[0].strip() or "(unknown)"
     return ""
 
 

@@ -20,8 +20,8 @@ from uuid import UUID, uuid4
 
 from tracker_daemon.errors import JournalError
 from tracker_daemon.flush_numbers import SECONDS, Histogram
+from tracker_daemon.journal.degradation import Degradation
 from tracker_daemon.journal.records import HEADER_SIZE, End, Header, Opened, encode_mark, encode_sum
-from tracker_daemon.journal.retention import Retention
 from tracker_daemon.journal.segment import Segment
 from tracker_daemon.journal.segment_queue import SegmentQueue
 from tracker_daemon.journal.windows import Window, open_name, producer_of, sealed_name
@@ -36,10 +36,9 @@ _LEAST: Final = 1 << 20
 _MOST: Final = 16 << 20
 _SHARE_OF_A_FILE: Final = 8
 _COMPACT_FROM: Final = 32 << 20
-_RETRY_AFTER: Final = 1.0
 
 
-class Journal(Retention):
+class Journal(Degradation):
     """The files of one life in a directory, beside those that are kept and left there.
 
     Args:
@@ -68,8 +67,6 @@ class Journal(Retention):
         self.max_batch_size, self.create_missing = max_batch_size, create_missing
         self.queue = SegmentQueue(self._make, self._note_first)
         self.fsync_seconds = Histogram(SECONDS)
-        self.degraded = False
-        """Whether calls go to memory alone."""
         self.next_first = 1
         """The sequence of the next window's first batch."""
         self.compact_from = _COMPACT_FROM
@@ -80,8 +77,7 @@ class Journal(Retention):
         self._syncing = Lock()
         # The window after the last sealed one, and the sequence of its first batch.
         self._next_window = (1, 1)
-        self._failed_at = self._anew_from = float("-inf")
-        self._may_try_now = self._told = self._ended = False
+        self._ended = False
         super().__init__(directory, producer=uuid4(), retain=retain, quota=quota, forked=forked)
 
     @property
@@ -129,42 +125,27 @@ class Journal(Retention):
             segment.note_first(first, final=segment.header.window == window)
 
     def _make_file(self, header: Header, size: int) -> Segment:
-        if self._lock is None:
+        if not self.attached:
             with self._attaching:
-                if self._lock is None:
+                if not self.attached:
                     self._attach()
         path = self.directory / open_name(self.producer, header.number)
-        self._sizes[path] = size  # before looking: of two that want room at once none may pass the quota
+        place = self._places[self.directory]
+        place.take({path: size})  # before looking: of two that want room at once none may pass the quota
         try:
-            if self.bytes > self.quota:
+            if (taken := self.bytes) > self.quota:
                 self.trim(make_room=True)
-            if (taken := self.bytes - size) + size > self.quota:
-                raise JournalError(f"the journal's quota is used up: {taken} of {self.quota} bytes, {size} more needed")
+                taken = self.bytes
+            if taken > self.quota:
+                used = f"{taken - size} of {self.quota} bytes, {size} more needed"
+                raise JournalError(f"the journal's quota is used up: {used}")
             segment = Segment(header, size, path)
         except BaseException:
-            del self._sizes[path]
+            place.drop([path])
             raise
         self._names_changed = True
-        if self.degraded and (not header.anew or self.queue.on_disk):
-            self.degraded = self._told = False
-            self._say("info", "journal_recovered", directory=str(self.directory))
+        self._had(anew=header.anew)
         return segment
-
-    def fail(self, operation: str, error: BaseException, *, anew: bool = False) -> None:
-        """Count an error, tell it once, and go on in memory. *anew*: it befell a window that was written anew."""
-        self.errors["quota" if "quota" in str(error) else operation] += 1
-        now = time.monotonic()
-        # Another file may well be had; but of a disk where the next one fails as well, once is enough.
-        self._may_try_now = operation == "fsync" and now - self._failed_at >= _RETRY_AFTER
-        self._failed_at = now
-        if anew:
-            self._anew_from = now + _RETRY_AFTER
-            if self.queue.on_disk and operation != "fsync":
-                return  # calls find room all the same
-        self.degraded = True
-        if not self._told:
-            self._told = True
-            self._say("error", "journal_degraded", directory=str(self.directory), operation=operation, error=str(error))
 
     # -- windows -----------------------------------------------------------------------------------
 
@@ -214,9 +195,8 @@ class Journal(Retention):
         except OSError as error:  # the name alone: what is in the file tells the same
             self.errors["rename"] += 1
             self._say("warning", "journal_rename_failed", path=str(before), error=str(error))
-        self._sizes[before] = self._sizes[segment.path] = segment.size
-        if segment.path != before:
-            del self._sizes[before]
+        if place := self._places.get(before.parent):
+            place.rename(before, segment.path, segment.size)
         self._names_changed = True
         return os.path.exists(segment.path)  # noqa: PTH110 - where nobody may look it is False
 
@@ -232,7 +212,7 @@ class Journal(Retention):
                     kept.remove(segment)
             segment.close()
             if segment.path is not None:
-                self._delete(segment.path)
+                super()._delete_all([segment.path])
 
     def applied(self, window: Window) -> None:
         """*window* is in the database: keep it for a while, unless it is in a file that is not trusted."""
@@ -297,16 +277,6 @@ class Journal(Retention):
             if segment.end <= segment.synced_at:
                 self._unsynced.remove(segment)
                 segment.close()
-
-    @property
-    def may_try(self) -> bool:
-        """Whether a file may be had, or nobody has tried since an fsync failed, or for a while."""
-        return not self.degraded or self._may_try_now or time.monotonic() - self._failed_at >= _RETRY_AFTER
-
-    @property
-    def may_write_anew(self) -> bool:
-        """Whether a file may be had for a window as a whole, or nobody has tried for a while."""
-        return self.may_try and time.monotonic() >= self._anew_from
 
     @property
     def untrusted(self) -> list[Segment]:
@@ -386,7 +356,7 @@ class Journal(Retention):
         left = self.queue.end()
         self._unsynced += [segment for segment in left if segment.path is not None and not segment.is_empty]
         calls = {segment.path for segment in left if not segment.is_empty}
-        others = any(producer_of(path.name) == self.producer for path in self._sizes.keys() - {s.path for s in left})
+        others = any(producer_of(path.name) == self.producer for path in self._paths() - {s.path for s in left})
         for segment in left:
             # A mark that the ledger knows this life stays as long as its windows: they may have been begun before.
             marks = segment.is_empty and segment.end > HEADER_SIZE and (others or bool(calls))

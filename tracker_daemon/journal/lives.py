@@ -155,6 +155,7 @@ def life_of(producer: UUID, paths: Iterable[Path], *, copy: bool = False) -> Lif
             life.lane, life.begun_at = header.lane, min(life.begun_at, header.created_at)
             if header.epoch >= life.epoch:
                 life.epoch, life.database = header.epoch, header.database
+            life.epoch = max(life.epoch, file.registered)
             for mark in _marks(file):
                 if mark.epoch >= life.epoch:
                     life.epoch, life.database = mark.epoch, mark.database

@@ -1,4 +1,9 @@
-"""One process a directory: a lock that its holder's death frees."""
+"""One process a directory: a lock that its holder's death frees; and in its file what the directory's files take.
+
+Rules:
+1. The first line names the holder. The second is how much the files there take, and how much of it is kept only in case
+   the database forgets it, in bytes: written by the holder, read by whoever shares the journal, true after its death.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _NAME: Final = "lock"
+_LINE: Final = 48
 
 
 class DirectoryLock:
@@ -32,7 +38,7 @@ class DirectoryLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(self._file, 32, 0).decode("ascii", "replace").strip()
+            holder = os.pread(self._file, _LINE, 0).split(b"\n")[0].decode("ascii", "replace").strip()
             self.release()
             if not isinstance(error, BlockingIOError):
                 raise JournalError(f"journal {directory}: {path} cannot be locked: {error.strerror}") from error
@@ -40,9 +46,17 @@ class DirectoryLock:
                 f"journal {directory} is in use by process {holder or '(unknown)'}: give each tracker a directory "
                 "of its own, or end that process"
             ) from None
-        with suppress(OSError):  # a full disk: the lock holds, it only names nobody
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        self._write(0, str(os.getpid()))
+
+    def note(self, taken: int, kept: int) -> None:
+        """Write how many bytes the files there take, and how many of them are kept in case the database forgets."""
+        self._write(_LINE, f"{taken} {kept}")
+
+    def _write(self, offset: int, line: str) -> None:
+        file = self._file
+        if file >= 0:
+            with suppress(OSError):  # a full disk: the lock holds, it only tells nothing
+                os.pwrite(file, line.ljust(_LINE - 1).encode() + b"\n", offset)
 
     def __del__(self) -> None:
         self.release()
@@ -60,3 +74,16 @@ def try_lock(directory: Path) -> DirectoryLock | None:
         return DirectoryLock(directory)
     except JournalError:
         return None
+
+
+def noted(directory: Path) -> tuple[int, int]:
+    """Return what was written by `DirectoryLock.note`, last; zeros where nothing was."""
+    try:
+        file = os.open(directory / _NAME, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            taken, kept = os.pread(file, _LINE, _LINE).split()
+        finally:
+            os.close(file)
+        return int(taken), int(kept)
+    except (OSError, ValueError):
+        return 0, 0

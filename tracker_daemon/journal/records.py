@@ -354,6 +354,7 @@ VERSION: Final = 1
 _HEADER: Final = Struct("<8sHH16sIQQQ??2xIq")
 HEADER_SIZE: Final = 128
 # Written in place once they are known: each in one aligned word, so that no crash leaves half of it.
+REGISTERED_AT: Final = 96
 FIRST_AT: Final = 104
 SYNCED_AT: Final = 112
 APPLIED_AT: Final = 120

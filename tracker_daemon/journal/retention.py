@@ -4,6 +4,8 @@ Rules:
 1. A window is kept from the moment it is applied, for `retain` seconds of a clock that is never set, while there is
    room.
 2. That it is applied is noted in its files. The ledger decides; the note tells that its row was there.
+3. That a recovery has registered a life is noted in its files before any of it is applied: should the ledger's row be
+   gone afterwards, its absence does not mean that nothing was.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from tracker_daemon.journal.directory import Directory, NotSynced, operation_of
+from tracker_daemon.journal.directory import MOST_ADOPTED, Directory, NotSynced, operation_of
 from tracker_daemon.journal.lives import Life, life_of
-from tracker_daemon.journal.segment import mark_applied
+from tracker_daemon.journal.segment import mark_applied, mark_registered
 from tracker_daemon.journal.windows import Damage, Window
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
-# What is applied and kept takes at most this share of the quota.
+# What is applied and kept takes at most this share of the quota, of all places together.
 _RETAINED_SHARE: Final = 4
 # As in postgres/sql/collect.sql, by the database's clock.
 _COLLECTED_CLOSED: Final = 86_400.0
@@ -35,14 +38,13 @@ class Retention(Directory):
     """A directory whose applied windows are kept for a while.
 
     Args:
-        directory, forked: see `Directory`.
+        directory, quota, forked: see `Directory`.
         producer: this life's.
         retain: how long an applied window is kept, seconds, in case the database forgets it.
-        quota: bytes the directory may take.
     """
 
     def __init__(self, directory: Path, *, producer: UUID, retain: float, quota: int, forked: bool) -> None:
-        self.producer, self.retain, self.quota = producer, retain, quota
+        self.producer, self.retain = producer, retain
         self.torn = 0
         """Bytes of torn records that recovery passed over."""
         self.recovered = 0
@@ -52,7 +54,7 @@ class Retention(Directory):
         self._retained: deque[Window] = deque()
         self._not_synced: dict[Path, OSError] = {}
         self._recovered_windows: set[tuple[UUID, int]] = set()
-        super().__init__(directory, forked=forked)
+        super().__init__(directory, quota=quota, forked=forked)
 
     def applied(self, window: Window) -> None:
         """*window* is in the database: keep it for a while."""
@@ -62,6 +64,9 @@ class Retention(Directory):
         if not window.applied_at:
             window.applied_at = now
             self._mark(window.paths)
+        for path in window.paths:
+            if place := self._places.get(path.parent):
+                place.keep([path])
         self._retained.append(window)
         self.trim()
 
@@ -87,29 +92,37 @@ class Retention(Directory):
         """Those of whom something is kept."""
         return list(dict.fromkeys(window.producer for window in self._retained))
 
+    def adopt(self, most: int = MOST_ADOPTED) -> None:
+        """See `Directory.adopt`; what was kept long enough is let go of before, also where nothing is applied now."""
+        self.trim()
+        super().adopt(most)
+
     def trim(self, *, make_room: bool = False) -> None:
         """Delete applied windows: those kept long enough, and the oldest where the quota is passed.
 
-        The newest stays: a window whose own identity a crash has lost follows the one before it.
+        The newest of all and the newest of this life stay: a window whose own identity a crash has lost follows the one
+        before it.
         """
-        now, kept = time.monotonic(), self._retained
-        taken = sum(self._sizes.get(path, 0) for window in list(kept) for path in window.paths)
-        while len(kept) > 1 and (
-            now - kept[0].kept_since > self.retain
-            or taken > self.quota // _RETAINED_SHARE
-            or (make_room and self.bytes > self.quota)
-        ):
-            try:
-                window = kept.popleft()
-            except IndexError:
-                return
-            taken -= sum(self._sizes.get(path, 0) for path in window.paths)
-            self._delete_all(window.paths)
+        now, kept = time.monotonic(), list(self._retained)
+        taken, all_kept = self._sums()
+        too_much, too_much_kept = taken - self.quota, all_kept - self.quota // _RETAINED_SHARE
+        own = next((window for window in reversed(kept) if window.producer == self.producer), None)
+        for window in kept[:-1]:
+            if window is own:
+                continue
+            kept_long_enough = now - window.kept_since > self.retain
+            if not (kept_long_enough or too_much_kept > 0 or (make_room and too_much > 0)):
+                break
+            with suppress(ValueError):  # another thread was first
+                self._retained.remove(window)
+                size = self._size(window.paths)
+                too_much, too_much_kept = too_much - size, too_much_kept - size
+                self._delete_all(window.paths)
 
     def lives(self) -> Iterator[tuple[Life | None, BaseException | None]]:
         """Yield every earlier life, the oldest first; or the error instead of one that cannot be read."""
         found: list[Life] = []
-        for producer, paths in list(self._left.items()):
+        for producer, paths in self.waiting.items():
             try:
                 found.append(life_of(producer, paths))
             except (Damage, OSError) as error:
@@ -128,8 +141,20 @@ class Retention(Directory):
         """All of *life* is in the database."""
         self.torn += life.torn
         kept = {path for window in self.retained(life.producer) for path in window.paths}
-        for path in {*life.leftover, *self._left.pop(life.producer, ())} - kept:
-            self._delete(path)
+        self._delete_all(list({*life.leftover, *self._left.pop(life.producer, ())} - kept))
+        self._recovered_windows = {name for name in self._recovered_windows if name[0] != life.producer}
+
+    def note_registered(self, life: Life, epoch: int) -> None:
+        """Note on the disk that a recovery has registered *life*, before any of it is applied. May block.
+
+        Raises:
+            NotSynced: it cannot be written; so nothing of that life may be applied.
+        """
+        path = life.windows[0].paths[0]
+        try:
+            mark_registered(path, epoch)
+        except OSError as error:
+            raise NotSynced(error.errno, f"its registration cannot be noted: {error.strerror}", str(path)) from error
 
     def is_done_with(self, life: Life) -> bool:
         """Whether a life whose row the ledger does not have is one that the ledger has collected, as it does.
@@ -152,7 +177,7 @@ class Retention(Directory):
 
         A loss of power must not change then how a window is cut into batches; nor take what was accepted long ago.
         """
-        left = [path for paths in list(self._left.values()) for path in paths]
+        left = [path for paths in self.waiting.values() for path in paths]
         for path in left:
             try:
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -22,6 +22,7 @@ from tracker_daemon.journal.records import (
     FRAME,
     HEADER_SIZE,
     OPENED,
+    REGISTERED_AT,
     SYNCED_AT,
     WORD,
     Blank,
@@ -177,6 +178,20 @@ def mark_applied(path: Path, seconds: float, *, closed: bool = False) -> None:
         os.close(file)
 
 
+def mark_registered(path: Path, epoch: int) -> None:
+    """Note in a file, on the disk, that a recovery has registered its life in the ledger. May block.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(file, WORD.pack(word(epoch)), REGISTERED_AT)
+        os.fdatasync(file)
+    finally:
+        os.close(file)
+
+
 def _closed(_: object) -> int:
     raise ValueError("the segment is closed")
 
@@ -187,6 +202,7 @@ class Written:
     Attributes:
         applied_at: when its window was noted as applied, seconds since 1970; 0: it was not.
         closed: whether its life is noted to have ended cleanly.
+        registered: the epoch under which a recovery has registered its life; 0: none has, or the life itself had.
 
     Args:
         path: where it is.
@@ -214,18 +230,19 @@ class Written:
             self.header = Header.decode(self.map[:HEADER_SIZE])
             self.first = word_value(WORD.unpack_from(self.map, FIRST_AT)[0])
             self.synced_at = word_value(WORD.unpack_from(self.map, SYNCED_AT)[0])
-            self.applied_at, self.closed = self._applied()
+            applied = self._hint(APPLIED_AT)
+            self.applied_at, self.closed = applied >> 1, bool(applied & 1)
+            self.registered = self._hint(REGISTERED_AT)
         except Damaged as damaged:
             synced = any(self.map[SYNCED_AT : SYNCED_AT + WORD.size])
             self.close()
             raise Damaged(str(damaged)) if synced and isinstance(damaged, Blank) else damaged from None
 
-    def _applied(self) -> tuple[int, bool]:
+    def _hint(self, offset: int) -> int:
         try:
-            value = word_value(WORD.unpack_from(self.map, APPLIED_AT)[0])
-        except Damaged:  # a hint: without it the ledger is asked
-            value = 0
-        return value >> 1, bool(value & 1)
+            return word_value(WORD.unpack_from(self.map, offset)[0])
+        except Damaged:  # without it the ledger is asked
+            return 0
 
     def close(self) -> None:
         """Let go of it."""
