@@ -1,7 +1,9 @@
 """What one call costs beside one `deque.append` of a 5-tuple, and beside what else a server would call.
 
-One thread, 1,000 threads' ids in turn, in one process, in interleaved rounds; what the loop costs is taken off. Whoever
-would empty the queue is asleep, ours and the others': it is the call alone, in CPU time of its thread. A peer that takes one number a call gets one.
+One thread, 1,000 threads' ids in turn, in one process, in interleaved rounds. Whoever would empty the queue is asleep,
+ours and the others': it is the call alone, in CPU time of its thread. A peer that takes one number a call gets one.
+Each case is called through a lambda, and what an empty one costs is taken off. Beside that the plain reading, as one writes
+it: `for t in ids: record_turn(t, "billing", 812, 0.0041)` and `for t in ids: append((t, "billing", 812, 0.0041, at))`, inlined, nothing taken off.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 IDS = thread_ids(1_000)
 BASE = "deque.append of a 5-tuple"
 TELEMETRY = "OpenTelemetry BatchSpanProcessor.on_end"
+WRITTEN = "as written: record_turn"
+WRITTEN_BASE = "as written: append"
 
 
 def main() -> None:
@@ -36,10 +40,10 @@ def main() -> None:
     calls = run.size(100_000, 2_000)
     with TemporaryDirectory() as directory:
         measure(run, calls, {**ours(calls, directory), **theirs(run, calls)})
-    empty = run.cases["nothing"].median
-    shown = [name for name in run.cases if name not in ("nothing", BASE)]
-    run.series["ratios"] = {name: round(run.ratio(name, BASE, empty), 2) for name in shown}
-    tell(run, empty)
+    nothing = run.cases["nothing"].median
+    shown = [name for name in run.cases if name not in ("nothing", BASE, WRITTEN, WRITTEN_BASE)]
+    run.series["ratios"] = {name: round(run.ratio(name, BASE, nothing), 2) for name in shown}
+    tell(run, nothing)
     run.finish()
 
 
@@ -58,29 +62,61 @@ def measure(run: Run, calls: int, cases: dict[str, Case]) -> None:
         return once
 
     made = {name: plain(*case) for name, case in cases.items()}
+    made |= as_written(calls)
     with absent(run):
         made["LiteLLM SpendUpdateQueue.add_update"] = litellm(calls)
     run.measure("ns", made, rounds=1 if run.quick else 7)
+
+
+def asleep(calls: int, journal: str | None = None) -> Tracker:
+    """Return a tracker that takes calls and does nothing with them."""
+    made = Tracker(
+        MemorySink(), registry=CollectorRegistry(), max_queue_size=100 * calls, max_pending=10**9, journal=journal
+    )
+    made._worker._may_start.clear()  # noqa: SLF001
+    made.record_turn("first", "billing", 1, 0.1)
+    return made
+
+
+def empty(tracker: Tracker, calls: int) -> None:
+    """Make room for a round."""
+    tracker._backlog.queue.clear()  # type: ignore[attr-defined]  # noqa: SLF001
+    tracker._backlog._set_gate(10 * calls)  # noqa: SLF001
+
+
+def as_written(calls: int) -> dict[str, Callable[[], float]]:
+    """Return the two loops as one writes them; nanoseconds a turn of the loop."""
+    tracker, waiting, at, rounds = asleep(calls), deque[object](), time.time_ns(), range(calls // len(IDS))
+
+    def turns() -> float:
+        empty(tracker, calls)
+        record_turn = tracker.record_turn
+        began = time.thread_time()
+        for _ in rounds:
+            for thread_id in IDS:
+                record_turn(thread_id, "billing", 812, 0.0041)
+        return (time.thread_time() - began) / calls * 1e9
+
+    def appends() -> float:
+        waiting.clear()
+        append = waiting.append
+        began = time.thread_time()
+        for _ in rounds:
+            for thread_id in IDS:
+                append((thread_id, "billing", 812, 0.0041, at))
+        return (time.thread_time() - began) / calls * 1e9
+
+    return {WRITTEN_BASE: appends, WRITTEN: turns}
 
 
 def ours(calls: int, directory: str) -> dict[str, Case]:
     """Return the cases of this package, and what they are measured by."""
     waiting: deque[object] = deque()
     at = time.time_ns()
-
-    def tracker(journal: str | None = None) -> Tracker:
-        made = Tracker(
-            MemorySink(), registry=CollectorRegistry(), max_queue_size=100 * calls, max_pending=10**9, journal=journal
-        )
-        made._worker._may_start.clear()  # noqa: SLF001 - it takes calls and does nothing with them
-        made.record_turn("first", "billing", 1, 0.1)
-        return made
-
-    memory, files = tracker(), tracker(directory)
+    memory, files = asleep(calls), asleep(calls, directory)
 
     def reset_memory() -> None:
-        memory._backlog.queue.clear()  # type: ignore[attr-defined]  # noqa: SLF001
-        memory._backlog.gate = 10 * calls  # noqa: SLF001
+        empty(memory, calls)
 
     def reset_files() -> None:
         journal = files.journal
@@ -88,7 +124,7 @@ def ours(calls: int, directory: str) -> dict[str, Case]:
         written = [segment for segment in journal.queue.segments if segment.path is not None]
         assert written or not journal.queue, "the calls of the last round went to memory alone"
         journal.drop(journal.queue.end())
-        files._backlog.gate = 10 * calls  # noqa: SLF001
+        files._backlog._set_gate(10 * calls)  # noqa: SLF001
 
     return {
         "nothing": (lambda _: None, lambda: None),
@@ -188,13 +224,19 @@ def litellm(calls: int) -> Callable[[], float]:
     return lambda: asyncio.run(turn())
 
 
-def tell(run: Run, empty: float) -> None:
-    """Say what the goals make of it."""
-    own = run.ratio("record_turn", BASE, empty)
-    run.goal(1, "a `record_turn` beside one `deque.append` of a 5-tuple", "≤ 4.0×", f"{own:.2f}×", met=own <= 4.0)
+def tell(run: Run, nothing: float) -> None:
+    """Say what the goals make of it. The stricter reading decides."""
+    own, written = run.ratio("record_turn", BASE, nothing), run.ratio(WRITTEN, WRITTEN_BASE)
+    run.goal(
+        1,
+        "a `record_turn` beside one `deque.append` of a 5-tuple, the loop's cost taken off (decides) / two loops as written",
+        "≤ 4.0×",
+        f"{own:.2f}× / {written:.2f}×",
+        met=own <= 4.0,
+    )
     peers = [name for name in run.series["ratios"] if " " in name or "." in name]
     peers.remove("record_turn with a journal")
-    beside = {name: run.ratio(name, "record_turn", empty) for name in peers}
+    beside = {name: run.ratio(name, "record_turn", nothing) for name in peers}
     told = ", ".join(f"{name.split()[0]} {ratio:.1f}×" for name, ratio in beside.items())
     run.goal(
         2,

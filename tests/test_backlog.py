@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tracker_daemon.backlog import Backlog
+from tracker_daemon.call_queue import CallQueue
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.delta import ThreadDelta
 from tracker_daemon.errors import QueueFull
@@ -25,7 +26,7 @@ from tracker_daemon.generation import KINDS, add
 from tracker_daemon.sink import Applied, DeadLetter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from tracker_daemon.generation import Record
 
@@ -367,6 +368,48 @@ def test_the_gate_never_lets_in_more_than_there_is_room_for() -> None:
         accepted += door.ensure_conversation(f"t{number}")
         backlog.drain(1)
     assert accepted == backlog.books().threads == 10
+
+
+class Interrupted(CallQueue):
+    """A queue during whose next measuring a signal handler makes a call."""
+
+    handler: Callable[[], object] | None = None
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        handler, self.handler = self.handler, None
+        if handler is not None:
+            handler()
+        return length
+
+
+@pytest.mark.parametrize("bound", ["max_queue_size", "max_pending"])
+@pytest.mark.parametrize("waiting", [0, 4])
+def test_a_call_while_the_gate_is_raised(bound: str, waiting: int) -> None:
+    """Of the places that are given out anew, the one that a signal handler's call takes meanwhile is one."""
+    backlog = backlog_of(**{bound: 10})
+    queue = backlog.queue = Interrupted()
+    door = Door(backlog, overflow="drop")
+    accepted = sum(door.ensure_conversation(f"before{number}") for number in range(waiting))
+    backlog.shut_gate()
+    handled = []
+    queue.handler = lambda: handled.append(door.ensure_conversation("handled"))
+    backlog.open_gate()
+    accepted += sum(door.ensure_conversation(f"t{number}") for number in range(20))
+    assert handled == [True]
+    assert accepted + 1 == len(queue) == 10
+
+
+def test_places_for_which_there_is_no_room_any_more() -> None:
+    """A drain that finds new threads takes back places at once; those that wait are not counted twice."""
+    backlog = backlog_of(max_queue_size=8, max_pending=10)
+    door = Door(backlog, overflow="drop")
+    for number in range(4):
+        assert door.ensure_conversation(f"t{number}")
+    assert backlog.places == 4
+    backlog._threads = 5  # as when a window comes back from its files
+    backlog.drain(1)
+    assert backlog.places + len(backlog.queue) <= backlog.max_pending - backlog.resident_threads == 4
 
 
 def test_what_waits_is_looked_at_anywhere() -> None:

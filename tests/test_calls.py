@@ -37,7 +37,7 @@ class Idle(Tracker):  # type: ignore[misc]  # final for users; here the worker i
 
     def call(self, method: str, *arguments: Any, **named: Any) -> Any:
         """Make a call with the fast path open (`gate` is not 0) or shut."""
-        self._backlog.gate = self._gate
+        self._backlog._set_gate(self._gate)
         return getattr(self, method)(*arguments, **named)
 
     @property
@@ -447,6 +447,10 @@ def test_missing_arguments(tracker: Idle) -> None:
 
 anything = st.one_of(
     names(),
+    # Around the bound on length, with NUL anywhere.
+    st.tuples(st.sampled_from([0, 1, 510, 511, 512, 513]), st.sampled_from(["", "\0", "\x01", "é", "\x7f"])).flatmap(
+        lambda parts: st.integers(0, parts[0]).map(lambda at: "x" * at + parts[1] + "x" * (parts[0] - at))
+    ),
     st.text(max_size=3),
     st.text(st.characters(categories=["Cs", "Ll"]) | st.just("\0"), max_size=4),
     st.none(),

@@ -472,7 +472,7 @@ def test_no_way_in_opens_after_close(trackers: Trackers, opens: str) -> None:
 
     def late(*arguments: Any, **options: Any) -> Any:
         about_to.set()
-        wait_until(lambda: tracker._worker.closed and not backlog.gate)
+        wait_until(lambda: tracker._worker.closed and not backlog.places)
         return open_now(*arguments, **options)
 
     setattr(backlog, opens, late)

@@ -1,7 +1,7 @@
 """The calls' side of the backlog: the queue, the window that they are folded into, and the bounds on both.
 
 Rules:
-1. Calls are appended to `queue` without asking while it is shorter than `gate`; else by `enter`, which keeps bounds.
+1. Calls are appended to `queue` without asking as often as `gate` says; else by `enter`, which keeps bounds.
 2. The bound is on distinct threads in memory; a call for a thread that is pending already is accepted however long the
    database is away.
 3. The gate is raised under `lock` alone. Callers take `_turn`, which the worker never does but to close.
@@ -10,15 +10,17 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
+from itertools import repeat
+from operator import length_hint
 from threading import RLock
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tracker_daemon.books import Totals
 from tracker_daemon.call_queue import CallQueue
 from tracker_daemon.generation import Generation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from tracker_daemon.call_queue import Calls
     from tracker_daemon.generation import Record
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # How many calls may wait in the queue before one of them wakes the worker ahead of its time.
 NUDGE: Final = 1_000
+_SHUT: Final[repeat[Any]] = repeat(None, 0)
 
 
 class Intake:
@@ -43,8 +46,12 @@ class Intake:
         self.create_missing = create_missing
         self._journal = journal
         self.queue: Calls = CallQueue() if journal is None else journal.queue
-        self.gate = 0
-        """Calls are appended without asking while the queue is shorter than this; 0 makes every call ask."""
+        self.gate: Iterator[Callable[[Record], object]] = _SHUT
+        """Gives the queue's `append` to as many calls as may come in without asking; then, and shut, to none.
+
+        Taking a place is one step of the interpreter, in which no other thread runs: no two calls get the same. To ask
+        the queue for its length would make an integer for every call.
+        """
         self.closed = False
         """Nothing is accepted any more."""
         self.forking = False
@@ -76,18 +83,19 @@ class Intake:
                 return "closed"
             if waiting >= self.max_queue_size:
                 return "max_queue_size"
-            if self.queue.on_disk or waiting < self.max_pending - self._threads:
-                # In a file; or even if every waiting call were of a new thread, this one still fits.
+            # In a file; or even if every waiting call were of a new thread, this one still fits.
+            is_room = self.queue.on_disk or waiting < self.max_pending - self._threads
+            if is_room:
                 self._waiting = None
-                # Raised under the lock alone, so that it never exceeds the room; who holds it raises the gate himself.
-                if self.lock.acquire(blocking=False):
-                    try:
-                        self._raise_gate(max(NUDGE, 2 * waiting))
-                    finally:
-                        self.lock.release()
             elif not self._fits_near_the_bound(record[0]):
                 return "max_pending"
             self.queue.append(record)
+            # Raised under the lock alone, so that it never exceeds the room; who holds it raises the gate himself.
+            if is_room and self.lock.acquire(blocking=False):
+                try:
+                    self._raise_gate(max(NUDGE, 2 * waiting))
+                finally:
+                    self.lock.release()
             return None
 
     def enter_all(self, records: Sequence[Record], taken_at: int = 0) -> str | None:
@@ -109,7 +117,7 @@ class Intake:
                 new = {record[0] for record in records if not self._holds(record[0])}
                 if len(new) > room:
                     return "max_pending"
-            self.gate = 0
+            self.gate = _SHUT
             if taken_at:
                 first = self.folded + len(self.queue)
                 self._given.append((first, first + len(records), taken_at))
@@ -120,9 +128,9 @@ class Intake:
 
     def _fits_near_the_bound(self, thread_id: str) -> bool:
         waiting, moves = self._waiting, self._moves
-        if self.gate or waiting is None:
+        if self.gate is not _SHUT or waiting is None:
             # Calls may have come by the gate: look once which threads wait, then keep count here.
-            self.gate = 0
+            self.gate = _SHUT
             waiting = self._waiting = {record[0] for record in self.queue.waiting()}
             self._counted = -1
         if self._counted != moves:
@@ -152,7 +160,7 @@ class Intake:
 
     def shut_gate(self) -> None:
         """Make the next call ask, which wakes the worker."""
-        self.gate = 0
+        self.gate = _SHUT
         self._waiting = None  # what came by the gate is not counted there
 
     def shut_for_fork(self) -> None:
@@ -163,13 +171,18 @@ class Intake:
         looks once more right behind it, and between the two no other thread runs.
         """
         self.forking = True
-        self.gate = 0
+        self.gate = _SHUT
 
     def close(self) -> None:
         """Accept nothing more. The gate is raised under the lock alone, so it stays shut."""
         with self.lock, self._turn:
             self.closed = True
-            self.gate = 0
+            self.gate = _SHUT
+
+    @property
+    def places(self) -> int:
+        """How many calls may come in without asking."""
+        return length_hint(self.gate)
 
     @property
     def resident_threads(self) -> int:
@@ -190,9 +203,19 @@ class Intake:
     def _raise_gate(self, calls: int) -> None:
         self._waiting = None  # what came by the gate is not counted there
         room = self.max_queue_size if self.queue.on_disk else self.max_pending - self._threads
-        self.gate = 0 if self.closed else max(0, min(calls, room, self.max_queue_size))
+        most = 0 if self.closed else min(calls, room, self.max_queue_size)
+        self._set_gate(most - len(self.queue))
+        self._lower_gate(most)
+
+    def _lower_gate(self, most: int) -> None:
+        """See to it that by the gate the queue does not grow longer than this; calls may come meanwhile."""
+        while self.places and self.places + len(self.queue) > most:
+            self._set_gate(min(self.places, most - len(self.queue)))
+
+    def _set_gate(self, places: int) -> None:
+        self.gate = repeat(self.queue.append, places) if places > 0 else _SHUT
         if self.forking:
-            self.gate = 0
+            self.gate = _SHUT
 
     def _drain(self, limit: int, most: int) -> int:
         is_first = not self._window.deltas
@@ -220,10 +243,8 @@ class Intake:
                 return
         self._threads += 1
         room = self.max_pending - self._threads
-        if self.gate > room and not self.queue.on_disk:
-            self.gate = max(0, room)
-            if self.forking:
-                self.gate = 0
+        if room < self.max_queue_size and not self.queue.on_disk:
+            self._lower_gate(room)
 
     def _recount(self, resident: tuple[Generation, ...]) -> None:
         """Count anew what is in memory, after a window came or went; *resident* are the sealed ones."""

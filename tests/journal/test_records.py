@@ -152,7 +152,7 @@ class Noted(FrontDoor):
         self._agents = {None: None}
         self._refusals = self  # type: ignore[assignment]
         self._backlog = self  # type: ignore[assignment]
-        self.queue, self.gate = [], 0  # type: ignore[var-annotated]
+        self.gate = iter(())
 
     def add(self, reason: str) -> None:
         """Count nothing."""
