@@ -66,8 +66,14 @@ def test_sizes(sleeping: Callable[..., None]) -> None:
     assert sizes == [20, 40, 40, 10, 20]
 
 
-def test_no_step_is_long(database: str, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two moments the worker folds, checks, encodes and lets go of few rows, however many there are."""
+@pytest.mark.parametrize("fills", [False, True])
+def test_no_step_is_long(
+    database: str, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, fills: bool
+) -> None:
+    """Between two moments the worker folds, checks, encodes and lets go of few rows, however many there are.
+
+    Only of a queue that fills up it takes more at once: calls refused are worse than a slow loop.
+    """
     monkeypatch.setattr(breath, "_LATE", float("inf"))  # the host is idle, whatever the machine is at
     longest: Counter[str] = Counter()
 
@@ -86,9 +92,12 @@ def test_no_step_is_long(database: str, registry: CollectorRegistry, monkeypatch
     watch(encoding.StageRows, "block", lambda _, given: len(given[1]))
     watch(Generation, "release", lambda _, given: len(given[1]))
     number = 3 * COPY_FROM
-    with Tracker(database, registry=registry, flush_interval=600, max_queue_size=number) as tracker:
+    with Tracker(
+        database, registry=registry, flush_interval=600, max_queue_size=number if fills else 10 * number
+    ) as tracker:
         for thread in range(number):
             assert tracker.record_turn(f"thread-{thread}", "agent", 1, 0.1)
         tracker.flush(PATIENCE)
     assert set(longest) == {"drain", "fits_stage", "block", "release"}
+    assert (longest.pop("drain") > 2_000) is fills
     assert max(longest.values()) <= 500

@@ -256,6 +256,7 @@ class Backlog(Intake):
 
     def settle(self, batch: Deltas, applied: Applied) -> Window | None:
         """Forget *batch*, the oldest sealed one: the sink has it. Return its window if that is done and stored."""
+        self._breath.take()
         with self.lock:
             if self.head() is not batch:
                 return None  # given up at a deadline, and counted as lost there

@@ -43,10 +43,12 @@ if TYPE_CHECKING:
     from tracker_daemon.flusher import Flusher
     from tracker_daemon.journal.journal import Journal
 
-# Calls folded at once.
+# Calls folded at once: beside an idle host, beside a busy one, and when the queue is full.
 _CHUNK: Final = 125
 _LARGEST_CHUNK: Final = 2_000
+_FULL_CHUNK: Final = 20_000
 _WHILE: Final = 0.001
+_FILLING: Final = 0.25
 # A caller may be suspended between looking at the gate and appending. Its call is found by these second looks
 # before the worker sleeps for good; one that stays suspended for longer is found by the next call, flush or close.
 _SECOND_LOOKS: Final = (0.005, 0.5, 0.5)
@@ -266,7 +268,8 @@ class Worker:
             now = self._clock.monotonic()
             if idle_looks:
                 seen_empty = now
-            drained = backlog.drain(self._breath.size)
+            part = self._part()
+            drained = backlog.drain(part)
             backlog.open_gate(wide=bool(backlog.queue))
             if self.halted is not None:
                 backlog.close()  # what will never be written is not accepted
@@ -275,7 +278,7 @@ class Worker:
             if self._keeper is not None:
                 self._keeper.keep(now, tasks)
             if backlog.queue:
-                if len(backlog.queue) >= self._breath.size:
+                if len(backlog.queue) >= part:
                     self._breath.take()
                     await anyio.lowlevel.checkpoint()
                 else:  # what comes in slowly is gathered for a while, not fetched one by one
@@ -287,6 +290,11 @@ class Worker:
             if idle_looks > len(_SECOND_LOOKS) and self._until_due(now) == 0.0:
                 self._sealed.set()  # nothing is: the flusher is to give a sign, or to look for what children left
             await self._rest(seen_empty, idle_looks)
+
+    def _part(self) -> int:
+        """Return how many calls to fold at once: in a queue that fills up, calls refused are worse than a slow loop."""
+        full = len(self._backlog.queue) / self._backlog.max_queue_size
+        return max(self._breath.size, int((full - _FILLING) / (1 - _FILLING) * _FULL_CHUNK))
 
     async def _rest(self, seen_empty: float, idle_looks: int) -> None:
         """Wait for a call, the end of the window, the end of a flush, or the deadline."""
