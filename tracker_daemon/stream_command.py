@@ -134,7 +134,9 @@ def _stream(  # noqa: C901 - three small commands
     @stream.command()
     @_where(setting)
     @click.option("--partitions", type=click.IntRange(1, _MOST_PARTITIONS), required=True, help="Cannot change later.")
-    @click.option("--replicas", type=click.IntRange(1, 5), default=3, show_default=True, help="Of each partition.")
+    @click.option(
+        "--replicas", type=click.Choice(("1", "3", "5")), default="3", show_default=True, help="Of each partition."
+    )
     @click.option("--max-bytes", type=Size(1 << 20), default="1GiB", show_default=True, help="Of each partition.")
     @click.option(
         "--duplicate-window",
@@ -143,10 +145,10 @@ def _stream(  # noqa: C901 - three small commands
         show_default=True,
         help="Seconds in which the servers themselves drop a message that comes again.",
     )
-    def create(stream: Any, partitions: int, replicas: int, max_bytes: int, duplicate_window: float) -> None:
+    def create(stream: Any, partitions: int, replicas: str, max_bytes: int, duplicate_window: float) -> None:
         """Make the stream, or what is missing of it; safe to repeat. Its number of partitions is for ever."""
         with one_line():
-            limits = _imported("tracker_daemon.stream.facts").Limits(replicas, max_bytes, duplicate_window)
+            limits = _imported("tracker_daemon.stream.facts").Limits(int(replicas), max_bytes, duplicate_window)
         made = operate("create", stream, partitions, limits)
         for line in [f"made {name}" for name in made] or ["nothing to do"]:
             click.echo(line)

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from tests.conftest import run_migrate
 from tests.digits import Digits
+from tests.faults.proxy import Blackhole, FaultProxy
 from tests.helpers import query, wait_until
 from tests.stream.conftest import make_stream
 from tests.stream.harness import Consuming
@@ -21,8 +22,8 @@ from tests.stream.test_sink import batch, delete, log_ends, opened_broker, opene
 from tracker_daemon.cli import program as command_line
 from tracker_daemon.stream import operations
 from tracker_daemon.stream.address import address
-from tracker_daemon.stream.consumer import share_of
 from tracker_daemon.stream.messages import Message, encode
+from tracker_daemon.stream.shares import share_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -301,3 +302,41 @@ def test_a_consumer_stopped_past_its_lease(stream: str, database: str, trackers:
         stopped.process.send_signal(signal.SIGCONT)
         stopped.process.kill()
         stopped.process.wait()
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_stopped_while_the_database_is_deaf(
+    stream: str, database: str, trackers: Trackers, tmp_path: Path, calls: bool
+) -> None:
+    """Neither the leases nor a transaction holds the end up: what is not applied stays in the stream."""
+    digits = Digits()
+    tracker = trackers(stream, flush_interval=0.01)
+
+    def call() -> None:
+        for number in range(10):
+            assert tracker.record_turn(f"t{number}", "a", digits.tokens(f"t{number}"))
+        tracker.flush(30)
+
+    def exact() -> bool:
+        return digits.read(dict(query(database, "SELECT thread_id, total_tokens::bigint FROM conversations"))).exact
+
+    with FaultProxy(database) as proxy:
+        consumer = ConsumerProcess(stream, proxy.conninfo, "deaf", tmp_path, lease=1.5)
+        consumer.start()
+        try:
+            wait_until(lambda: consumer.log.count("partition_claimed") == 2, "both partitions")
+            call()
+            wait_until(exact, "the first calls")
+            proxy.arm(Blackhole("client", repeat=None))
+            if calls:
+                call()
+            proxy.wait_fired(count=3 if calls else 1)  # the leases wait for an answer; both partitions too
+            consumer.process.send_signal(signal.SIGTERM)
+            assert consumer.process.wait(25) == 0  # a statement of its own would take 30 s to give up
+        finally:
+            consumer.process.kill()
+            consumer.process.wait()
+    assert "stopped" in consumer.log
+    with Consuming(stream, database, lease=1.5):
+        call()
+        wait_until(exact, "all calls")

@@ -49,6 +49,11 @@ class Leases(PostgresSink):
         self._names = {"stream": stream, "partitions": partitions, "consumer": consumer, "lease": lease}
         self._stream = stream
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection that `abort` would sever."""
+        return self._session is not None
+
     async def prepare(self) -> None:
         """See that there is a row for each partition.
 

@@ -17,7 +17,6 @@ from datetime import datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
@@ -25,6 +24,7 @@ from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 from tracker_daemon.errors import SchemaError
 from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.facts import PARTITIONS, facts_of
+from tracker_daemon.stream.faults import Unencrypted, fault
 from tracker_daemon.stream.messages import stream_of, subject_of
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ _CONNECT: Final = 5.0
 _ASK: Final = 5.0
 _READ: Final = 5.0
 _CLOSE: Final = 2.0
-_FULL: Final = 10077
-_FULL_MESSAGES: Final = 10047
 _NO_MESSAGE: Final = 10037
 _WRONG_LAST: Final = 10071
 _AFTER: Final = "Nats-Expected-Last-Subject-Sequence"
@@ -72,16 +70,12 @@ class Raw:
             return 0.0
 
 
-class _Unencrypted(nats.errors.Error):
-    """A server does not do what `tls://` asks for."""
-
-
 class _Client(Client):
     def _connect_command(self) -> bytes:
         # The driver encrypts when the server asks for it, whatever the URL says; here the login goes out.
         server = self._current_server
         if server is not None and server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
-            raise _Unencrypted(f"{server.uri.hostname}:{server.uri.port} does not encrypt; no login was sent")
+            raise Unencrypted(f"{server.uri.hostname}:{server.uri.port} does not encrypt; no login was sent")
         command: bytes = super()._connect_command()
         return command
 
@@ -106,6 +100,8 @@ class Broker:
         self._client: Client | None = None
         self._connecting = asyncio.Lock()
         self._inbox = ""
+        self._told: list[Exception] = []
+        """What the driver has said of this connection last."""
         self._reads: dict[str, _Asked] = {}
         self._numbers = 0
         self.connected_at = 0
@@ -126,11 +122,15 @@ class Broker:
             if client is None:
                 client = await self._connect()
         if not client.is_connected:
+            # The driver goes on trying by itself; a login that is refused meanwhile is told to nobody but `note`.
+            told = fault(self._told[-1], f"connecting to {self.address} again") if self._told else None
+            if isinstance(told, SinkFault) and told.kind == "auth":
+                raise told
             raise SinkFault("connection", f"the servers of {self.address} are away")
         return client
 
     async def _connect(self) -> Client:
-        told: list[Exception] = []
+        told = self._told = []
 
         async def note(error: Exception) -> None:
             told.append(error)
@@ -138,6 +138,7 @@ class Broker:
 
         async def again() -> None:
             self.connected_at += 1
+            told.clear()
 
         address = self.address
         login: dict[str, Any] = {}
@@ -167,7 +168,7 @@ class Broker:
         except Exception as error:
             with suppress(Exception):
                 await client.close()
-            raise _fault(told[-1] if told else error, f"connecting to {address}") from error
+            raise fault(told[-1] if told else error, f"connecting to {address}") from error
         self.connected_at += 1
         self._client = client
         return client
@@ -187,7 +188,7 @@ class Broker:
         try:
             return await what
         except Exception as error:
-            raise _fault(error, doing) from error
+            raise fault(error, doing) from error
 
     # -- the streams -------------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class Broker:
         except nats.js.errors.NotFoundError:
             return None
         except Exception as error:
-            raise _fault(error, f"asking for the stream {name}") from error
+            raise fault(error, f"asking for the stream {name}") from error
         return facts_of(partition, info, subject_of(self.address.name, partition, None))
 
     async def partitions(self) -> list[Facts]:
@@ -300,9 +301,9 @@ class Broker:
         except nats.js.errors.APIError as error:
             if error.err_code == _WRONG_LAST:
                 raise Elsewhere from error
-            raise _fault(error, f"publishing to {name}") from error
+            raise fault(error, f"publishing to {name}") from error
         except Exception as error:
-            raise _fault(error, f"publishing to {name}") from error
+            raise fault(error, f"publishing to {name}") from error
         return stored.seq
 
     async def stamp_at(self, partition: int, position: int) -> str | None:
@@ -346,7 +347,7 @@ class Broker:
                 await client.publish(subject, json.dumps(question).encode(), reply=f"{self._inbox}.{token}")
                 await asked.done
         except Exception as error:
-            raise _fault(error, f"reading {stream_of(self.address.name, partition)}") from error
+            raise fault(error, f"reading {stream_of(self.address.name, partition)}") from error
         finally:
             del self._reads[token]
         return asked.found
@@ -374,28 +375,3 @@ def _decoded_headers(encoded: str) -> dict[str, str]:
     lines = b64decode(encoded).decode("utf-8", "replace").split("\r\n")[1:]
     pairs = (line.partition(":") for line in lines if line)
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _fault(error: BaseException, doing: str) -> SinkFault | SchemaError:  # noqa: PLR0911 - a return a kind
-    """Return *error* as the port's exception."""
-    if isinstance(error, SinkFault | SchemaError):
-        return error
-    words = " ".join(str(error).split()) or type(error).__name__
-    text = f"{doing}: {words}"
-    if isinstance(error, nats.js.errors.APIError):
-        if error.err_code in (_FULL, _FULL_MESSAGES):
-            return SinkFault("capacity", f"{doing}: the stream is full; consumers are behind, or max_bytes is small")
-        if isinstance(error, nats.js.errors.NotFoundError):
-            return SchemaError(f"{text}. To make it: tracker-daemon stream create")
-        return SinkFault("connection" if (error.code or 500) >= 500 else "other", text)
-    if isinstance(error, nats.js.errors.NoStreamResponseError | nats.errors.NoRespondersError):
-        return SinkFault("connection", f"{doing}: no server leads the stream now, or it is not there")
-    if isinstance(error, _Unencrypted | nats.errors.AuthorizationError) or "authorization" in words.lower():
-        return SinkFault("auth", text)
-    if isinstance(error, TimeoutError):
-        return SinkFault("timeout", f"{doing}: no answer in time")
-    if isinstance(error, nats.errors.MaxPayloadError):
-        return SinkFault("other", f"{doing}: the servers take messages of less than 512 KB; raise max_payload")
-    if isinstance(error, nats.errors.Error | OSError):
-        return SinkFault("connection", text)
-    return SinkFault("other", text)

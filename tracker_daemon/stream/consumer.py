@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
@@ -26,6 +26,7 @@ from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.broker import Broker
 from tracker_daemon.stream.messages import lane_of
 from tracker_daemon.stream.partition import Following, Partition, PartitionNumbers
+from tracker_daemon.stream.shares import Free, share_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from tracker_daemon.stream.address import Address
     from tracker_daemon.stream.facts import Facts
 
-_LONG_FREE: Final = 3
-"""Looks after which a partition that nobody reads is taken, share or not."""
 _TOLD: Final = 10
 _LAST: Final = 2.0
 _COLLECT: Final = 3_600.0
@@ -53,15 +52,6 @@ class Renumbered(TrackerError):  # noqa: N818 - says what is the case
 class _Owned:
     partition: Partition
     task: asyncio.Task[None]
-
-
-@dataclass(slots=True)
-class _Free:
-    looks: Counter[int] = field(default_factory=Counter)
-
-    def see(self, free: tuple[int, ...]) -> None:
-        """Count how often each partition was seen free, without a break."""
-        self.looks = Counter({number: self.looks[number] + 1 for number in free})
 
 
 class Consumer:
@@ -93,8 +83,11 @@ class Consumer:
         self.name = uuid4()
         self._broker = Broker(address)
         self._owned: dict[int, _Owned] = {}
-        self._free = _Free()
+        self._free = Free()
         self._stop, self._woken = anyio.Event(), anyio.Event()
+        self._leases: Leases | None = None
+        self._looking: anyio.CancelScope | None = None
+        self._severed = False
         self._rated = Rated(clock)
         self._lost_sight: float | None = None
         self._hurried = False
@@ -116,43 +109,49 @@ class Consumer:
 
     async def run(self) -> None:
         """Read until `stop`; what is owned is given up then."""
-        leases: Leases | None = None
-        facts: list[Facts] = []
         try:
-            while not self._stop.is_set():
-                try:
-                    if leases is None:
-                        facts = await self._broker.partitions()
-                        if not self.partitions:
-                            self.partitions = [PartitionNumbers() for _ in facts]
-                        leases = self._make_leases(len(facts), self.name)
-                        await leases.prepare()
-                    await self._look_after(leases, facts)
-                except Renumbered as renumbered:
-                    get_logger().warning("stream_renumbered", stream=self.address.name, reason=str(renumbered))
-                    self.fault = str(renumbered)
-                    if leases is not None:
-                        await self._give_up_all(leases)
-                    leases, self.partitions = None, []
-                    self._woken.set()
-                    continue
-                except TrackerError as error:
-                    self._failed(error)
-                    self.fault = str(error)
-                    if leases is not None and not self.members:
-                        await leases.disconnect()
-                        leases = None
-                else:
-                    self.fault = next((each.fault for each in self.partitions if each.fault), None)
-                self._woken = anyio.Event()
-                with anyio.move_on_after(self._lease / 3):
-                    await self._woken.wait()
+            with anyio.CancelScope() as self._looking:
+                await self._look_after_all()
         finally:
             with anyio.CancelScope(shield=True):
-                await self._end(leases)
+                await self._end(self._leases)
+
+    async def _look_after_all(self) -> None:
+        facts: list[Facts] = []
+        while not self._stop.is_set():
+            try:
+                if self._leases is None:
+                    facts = await self._broker.partitions()
+                    if not self.partitions:
+                        self.partitions = [PartitionNumbers() for _ in facts]
+                    self._leases = self._make_leases(len(facts), self.name)
+                    await self._leases.prepare()
+                await self._look_after(self._leases, facts)
+            except Renumbered as renumbered:
+                get_logger().warning("stream_renumbered", stream=self.address.name, reason=str(renumbered))
+                self.fault = str(renumbered)
+                if self._leases is not None:
+                    await self._give_up_all(self._leases)
+                self._leases, self.partitions = None, []
+                self._woken.set()
+                continue
+            except TrackerError as error:
+                self._failed(error)
+                self.fault = str(error)
+                if self._leases is not None and not self.members:
+                    await self._leases.disconnect()
+                    self._leases = None
+            else:
+                self.fault = next((each.fault for each in self.partitions if each.fault), None)
+            self._woken = anyio.Event()
+            with anyio.move_on_after(self._lease / 3):
+                await self._woken.wait()
 
     def stop(self) -> None:
         """End after the transactions that run."""
+        if not self._stop.is_set():
+            # A database that is deaf is not waited for: leases end by themselves.
+            asyncio.get_running_loop().call_later(_LAST, self._look_no_more)
         self._stop.set()
         self._woken.set()
         for owned in self._owned.values():
@@ -162,8 +161,16 @@ class Consumer:
         """End now, whatever runs."""
         self._hurried = True
         self.stop()
+        self._look_no_more()
         for owned in self._owned.values():
             owned.partition.abort()
+
+    def _look_no_more(self) -> None:
+        if self._leases is not None and self._leases.is_connected:
+            self._severed = True
+            self._leases.abort()  # to cancel it the driver would ask the server, and wait for that
+        elif self._looking is not None:
+            self._looking.cancel()
 
     async def _give_up_all(self, leases: Leases) -> None:
         for owned in self._owned.values():
@@ -190,14 +197,18 @@ class Consumer:
             if late:
                 await asyncio.wait([owned.task for owned in late], timeout=_LAST)
         if leases is not None:
-            # Leases end by themselves: a database that is deaf is not waited for.
             patience = asyncio.get_running_loop().call_later(_LAST, leases.abort)
             try:
-                for number in list(self._owned):
-                    await leases.release(number)
-                await leases.leave()
+                async with asyncio.timeout(2 * _LAST):  # a server that is deaf when it is connected to
+                    if self._severed:
+                        await leases.disconnect()
+                    for number in list(self._owned):
+                        await leases.release(number)
+                    await leases.leave()
             except TrackerError as error:
                 self._failed(error)
+                await leases.disconnect()
+            except TimeoutError:
                 await leases.disconnect()
             finally:
                 patience.cancel()
@@ -249,7 +260,7 @@ class Consumer:
         for number in standing.free:
             if number in self._owned:
                 continue
-            if len(mine) >= share and self._free.looks[number] < _LONG_FREE:
+            if len(mine) >= share and not self._free.for_long(number):
                 continue
             try:
                 if await self._claim(leases, number):
@@ -383,11 +394,3 @@ class Consumer:
 
 _MOST_PRODUCERS: Final = 10_000
 _PRODUCER_IS_GONE: Final = 300.0
-
-
-def share_of(name: UUID, members: tuple[UUID, ...], partitions: int) -> int:
-    """Return how many of the *partitions* are for *name*: all shares together are all of them."""
-    if name not in members:
-        return 0
-    each, more = divmod(partitions, len(members))
-    return each + (members.index(name) < more)
