@@ -125,16 +125,19 @@ class FrontDoor:
             QueueFull, TrackerClosed: not accepted, with `overflow="raise"`.
         """
         try:
-            # Tokens below 2**30 compare as single digits; the rarer rest goes the slow way.
+            # Tokens below 2**30 compare as single digits; the rarer rest goes the slow way. No comparison is in a chain:
+            # there the interpreter has no quick way for two ints or two floats.
             if (
                 type(thread_id) is str
                 and thread_id.isascii()
                 and _FORBIDDEN[len(thread_id)] not in thread_id
                 and (type(agent_name) is str or agent_name is None)
                 and type(tokens) is int
-                and 0 <= tokens < 1_000_000_000
+                and tokens >= 0
+                and tokens < 1_000_000_000
                 and (type(cost) is float or type(cost) is int)
-                and 0.0 <= cost < 1e9
+                and cost >= 0.0
+                and cost < 1e9
             ):
                 agent = self._agents[agent_name]
                 for append in self._backlog.gate:
