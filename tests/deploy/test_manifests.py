@@ -106,6 +106,9 @@ def test_helm_lint(case: str) -> None:
         ("image.digest=sha256:12", "digest"),
         ("terminationGracePeriod=65", "must be longer than preStop, twice shutdownTimeout and linger: more than 65"),
         ("mode=sidecar", "mode sidecar needs chatServer.image"),
+        ("networkPolicy.clients.app=chat", "clients"),
+        ("database.embedded=true,replicas=2", "replicas must be 1, not 2"),
+        ("podMonitor.enabled=true,linger=15", "linger, 15 s, must be longer than podMonitor.interval, 15s"),
     ],
 )
 def test_wrong_values(setting: str, message: str) -> None:
@@ -156,7 +159,7 @@ def test_restricted(name: str) -> None:
 
 @pytest.mark.parametrize("name", each(DAEMONS))
 def test_probes(name: str) -> None:
-    """Three probes on the port that the daemon listens at; readiness asks the database only where that harms nobody."""
+    """Three probes on the port that the daemon listens at; readiness asks the database only where calls need it."""
     found = documents(rendered(name))
     pod = pod_of(workload(found))
     assert pod is not None
@@ -166,7 +169,8 @@ def test_probes(name: str) -> None:
     probes = {each: daemon[f"{each}Probe"]["httpGet"] for each in ("startup", "liveness", "readiness")}
     assert {probe["port"] for probe in probes.values()} == {port["containerPort"]}
     sidecar = daemon["name"] in [container["name"] for container in pod.get("initContainers", [])]
-    assert [probe["path"] for probe in probes.values()] == ["/livez", "/livez", "/livez" if sidecar else "/readyz"]
+    takes_calls = sidecar or "TRACKER_JOURNAL" in settings_of(found)
+    assert [probe["path"] for probe in probes.values()] == ["/livez", "/livez", "/livez" if takes_calls else "/readyz"]
 
 
 @pytest.mark.parametrize("name", each(DAEMONS))
@@ -202,7 +206,7 @@ def test_secrets_are_files(name: str) -> None:
     settings = settings_of(found)
     assert ("TRACKER_DATABASE" in settings) == settings.get("TRACKER_DATABASE", "").startswith("embedded:")
     mounts = {mount["mountPath"] for mount in daemon_of(pod)["volumeMounts"]}
-    assert mounts == {"/var/lib/tracker", "/run/tracker-daemon", "/etc/tracker-daemon"}
+    assert mounts - {"/etc/database"} == {"/var/lib/tracker", "/run/tracker-daemon", "/etc/tracker-daemon"}
     for name_ in ("TRACKER_DATABASE_FILE", "TRACKER_TOKEN_FILE", "TRACKER_JOURNAL"):
         assert name_ not in settings or str(Path(settings[name_]).parent) in mounts
 
@@ -268,6 +272,46 @@ def test_volume_for_the_journal(name: str) -> None:
     assert claim["spec"]["accessModes"] == ["ReadWriteOncePod"]
     assert int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")) << 30 > quota
     assert settings["TRACKER_JOURNAL"].startswith("/var/lib/tracker/")
+
+
+@pytest.mark.artefact("deploy/helm, private-ca.yaml", "helm")
+def test_numbers_and_files_of_the_host() -> None:
+    """Whole numbers are written out; what is mounted for the database is mounted for the migration too."""
+    found = documents(helmed("private-ca"))
+    assert settings_of(found)["TRACKER_MAX_PENDING"] == "2000000"
+    for pod in (pod_of(workload(found)), pod_of(only("Job", found))):
+        assert pod is not None
+        assert {"name": "database-ca", "configMap": {"name": "database-ca"}} in pod["volumes"]
+        (container,) = pod["containers"]
+        assert {"name": "database-ca", "mountPath": "/etc/database", "readOnly": True} in container["volumeMounts"]
+
+
+@pytest.mark.artefact("deploy/helm, token.yaml", "helm")
+def test_clients_of_the_policy() -> None:
+    """Those of the values alone may send, and nobody if there are none; not the defaults as well."""
+
+    def clients(*settings: str) -> list[dict[str, str]]:
+        (rule,) = only("NetworkPolicy", documents(helmed("token", *settings)))["spec"]["ingress"]
+        return [each["podSelector"]["matchLabels"] for each in rule["from"] if "podSelector" in each]
+
+    assert clients() == [{"app.kubernetes.io/part-of": "chat"}]
+    assert clients("--set-json", "networkPolicy.clients=[]") == []
+
+
+@pytest.mark.parametrize("name", each(["overlays/standalone", "overlays/sidecar", "journal", "sidecar"]))
+def test_nodes_can_be_drained(name: str) -> None:
+    """Pods that are not ready, as while the database is away, hold no node up."""
+    budget = only("PodDisruptionBudget", documents(rendered(name)))["spec"]
+    assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
+
+
+@pytest.mark.parametrize("name", each(["migrate", "journal"]))
+def test_the_migration_gives_up(name: str) -> None:
+    """It waits five seconds for a lock, and ten minutes in all."""
+    job = only("Job", documents(rendered(name)))["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert {"name": "PGOPTIONS", "value": "-c lock_timeout=5s"} in container["env"]
+    assert job["activeDeadlineSeconds"] == 600
 
 
 @pytest.mark.artefact("deploy/helm, token.yaml", "helm")

@@ -67,7 +67,7 @@ def test_events_of_the_log() -> None:
     told = [
         event
         for name in BOOKS
-        for found in re.findall(r"event=\(?([a-z_|]+)", _text(name))
+        for found in re.findall(r"(?:event=|\)\()([a-z_][a-z_|]+)", _text(name))
         for event in found.split("|")
     ]
     assert len(told) > 10

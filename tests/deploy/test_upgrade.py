@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -12,6 +14,7 @@ from tests.conftest import run_migrate
 from tests.daemon.harness import serving
 from tests.deploy.guides import Guide
 from tests.deploy.test_backup import Posts
+from tests.deploy.tools import ROOT
 from tests.digits import Digits
 from tests.faults.harness import Errors, sums, tracking
 from tests.faults.servers import Stream
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.artefact("docs/upgrade.md", "tracker-daemon")
 
 *OLDER, LAST = migrations()
+GUIDE = ROOT / "docs/upgrade.md"
+OWNER = "/etc/tracker-daemon/owner"
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def test_rolling_upgrade(postgres: EmbeddedPostgres, older_database: str, tmp_pa
     (tmp_path / "database").write_text(conninfo)
     journal = str(tmp_path / "journal")
     with (
-        Guide("upgrade.md", tmp_path, postgres.bin_directory, {}) as guide,
+        Guide("upgrade.md", tmp_path, postgres.bin_directory, {OWNER: str(tmp_path / "database")}) as guide,
         serving(conninfo, "--journal", journal, ready=False) as first,
         # Of a registry and books of its own: `tracking` asserts at the end that nothing was lost or left.
         tracking(first.url, errors, CollectorRegistry()) as tracker,
@@ -71,7 +76,7 @@ def test_rolling_upgrade(postgres: EmbeddedPostgres, older_database: str, tmp_pa
         with Posts(first, digits, "first") as posts:
             stream.more()
             posts.more()
-            said = guide.step("migrate --check", **settings)
+            said = guide.step("export", **settings)
             assert f"{LAST[0]:04}_{LAST[1]}" in said
             posts.more()
             stream.more()
@@ -111,7 +116,34 @@ def test_gives_up_behind_a_lock(postgres: EmbeddedPostgres, older_database: str,
     file.write_text(older_database)
     with psycopg.connect(older_database) as holder:
         holder.execute("SELECT pg_advisory_xact_lock(%s)", [schema._LOCK])
-        guide = Guide("upgrade.md", tmp_path, postgres.bin_directory, {"lock_timeout=5s": "lock_timeout=50ms"})
+        guide = Guide(
+            "upgrade.md", tmp_path, postgres.bin_directory, {"lock_timeout=5s": "lock_timeout=50ms", OWNER: str(file)}
+        )
         with pytest.raises(AssertionError, match="lock timeout"):
-            guide.step("migrate --check", TRACKER_DATABASE_FILE=str(file))
+            guide.step("export")
     assert columns(older_database) == before
+
+
+def test_rights_on_what_a_migration_makes(older_database: str) -> None:
+    """The guide's default privileges give a role that writes rows the rights on the newer tables; another has none."""
+    (grant,) = re.findall(r"`(ALTER DEFAULT PRIVILEGES[^`]+)`", " ".join(GUIDE.read_text(encoding="utf-8").split()))
+    writer, other = (f"role_{uuid4().hex[:12]}" for _ in range(2))
+
+    def allowed(role: str) -> bool:
+        with psycopg.connect(older_database) as connection:
+            connection.execute(f"SET ROLE {role}")
+            try:
+                connection.execute("SELECT count(*) FROM tracker_partitions")
+            except psycopg.errors.InsufficientPrivilege:
+                return False
+        return True
+
+    with psycopg.connect(older_database, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {writer}; CREATE ROLE {other}")
+        try:
+            connection.execute(grant.replace("TO tracker", f"TO {writer}"))
+            run_migrate(older_database)
+            assert allowed(writer)
+            assert not allowed(other)
+        finally:
+            connection.execute(f"DROP OWNED BY {writer}; DROP ROLE {writer}; DROP ROLE {other}")

@@ -69,6 +69,6 @@ def _environment(document: Any) -> set[str]:
 def test_settings(name: str) -> None:
     """Every TRACKER_ variable is a setting of the command line, or the file of one that is secret."""
     known = set(_variables(command_line).values())
-    given = _environment(yaml.safe_load((FOLDER / name).read_text()))
+    given = _environment(list(yaml.safe_load_all((FOLDER / name).read_text())))
     assert given
     assert {each.removesuffix("_FILE") for each in given} <= known

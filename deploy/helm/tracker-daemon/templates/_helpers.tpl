@@ -39,7 +39,8 @@ TRACKER_JOURNAL: /var/lib/tracker/journal
 TRACKER_SHUTDOWN_TIMEOUT: {{ .Values.shutdownTimeout | quote }}
 TRACKER_LINGER: {{ .Values.linger | quote }}
 {{- range $name, $value := .Values.settings }}
-TRACKER_{{ $name }}: {{ $value | toString | quote }}
+{{- /* Numbers of a values file are floats, and 2000000 would come out as 2e+06. */}}
+TRACKER_{{ $name }}: {{ if and (kindIs "float64" $value) (eq (floor $value) $value) }}{{ printf "%.0f" $value | quote }}{{ else }}{{ $value | toString | quote }}{{ end }}
 {{- end }}
 {{- end }}
 
@@ -73,6 +74,10 @@ capabilities:
   envFrom:
     - configMapRef:
         name: {{ include "tracker-daemon.name" . }}
+  {{- with .Values.extraEnv }}
+  env:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   ports:
     - name: tracker
       containerPort: {{ .Values.port }}
@@ -87,7 +92,7 @@ capabilities:
     timeoutSeconds: 5
     failureThreshold: 3
   readinessProbe:
-    httpGet: {path: {{ .Values.probes.readiness | default (ternary "/livez" "/readyz" $sidecar) }}, port: {{ .Values.port }}}
+    httpGet: {path: {{ .Values.probes.readiness | default (ternary "/livez" "/readyz" (or $sidecar .Values.journal.enabled)) }}, port: {{ .Values.port }}}
     periodSeconds: 5
     timeoutSeconds: 5
     failureThreshold: 2
@@ -109,6 +114,9 @@ capabilities:
     - name: secrets
       mountPath: /etc/tracker-daemon
       readOnly: true
+    {{- with .Values.extraVolumeMounts }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end }}
 
 {{/* Its volumes but the journal's. */}}
@@ -129,6 +137,9 @@ capabilities:
               path: database
       {{- end }}
       {{- include "tracker-daemon.tokenSource" . | nindent 6 }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- define "tracker-daemon.tokenSource" -}}
@@ -143,6 +154,12 @@ capabilities:
 {{- $need := add (mul 2 .Values.shutdownTimeout) .Values.preStop .Values.linger -}}
 {{- if le (int .Values.terminationGracePeriod) (int $need) }}
 {{- fail (printf "terminationGracePeriod must be longer than preStop, twice shutdownTimeout and linger: more than %d" (int $need)) }}
+{{- end -}}
+{{- if and .Values.database.embedded (gt (int .Values.replicas) 1) }}
+{{- fail (printf "database.embedded is a PostgreSQL in each pod, with sums of its own: replicas must be 1, not %d" (int .Values.replicas)) }}
+{{- end -}}
+{{- if and .Values.podMonitor.enabled (hasSuffix "s" .Values.podMonitor.interval) (le (int .Values.linger) (int (trimSuffix "s" .Values.podMonitor.interval))) }}
+{{- fail (printf "linger, %d s, must be longer than podMonitor.interval, %s: else no scrape sees the calls that a drain has lost" (int .Values.linger) .Values.podMonitor.interval) }}
 {{- end -}}
 metadata:
   labels:
@@ -175,13 +192,11 @@ spec:
   containers:
     - name: chat-server
       image: {{ required "mode sidecar needs chatServer.image" .Values.chatServer.image }}
-      {{- with .Values.chatServer.args }}
-      args:
+      {{- range $name := list "command" "args" "env" "envFrom" "startupProbe" "livenessProbe" "readinessProbe" }}
+      {{- with index $.Values.chatServer $name }}
+      {{ $name }}:
         {{- toYaml . | nindent 8 }}
       {{- end }}
-      {{- with .Values.chatServer.env }}
-      env:
-        {{- toYaml . | nindent 8 }}
       {{- end }}
       ports:
         - name: chat
@@ -200,6 +215,9 @@ spec:
         - name: token
           mountPath: /etc/tracker-daemon
           readOnly: true
+        {{- with .Values.chatServer.volumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   {{- else }}
   containers:
     {{- include "tracker-daemon.container" . | nindent 4 }}
