@@ -37,7 +37,7 @@ WRITTEN_BASE = "as written: append"
 def main() -> None:
     """Measure, print, write."""
     run = started(__file__, __doc__)
-    calls = run.size(100_000, 2_000)
+    calls = run.size(30_000, 2_000)
     with TemporaryDirectory() as directory:
         measure(run, calls, {**ours(calls, directory), **theirs(run, calls)})
     nothing = run.cases["nothing"].median
@@ -65,7 +65,7 @@ def measure(run: Run, calls: int, cases: dict[str, Case]) -> None:
     made |= as_written(calls)
     with absent(run):
         made["LiteLLM SpendUpdateQueue.add_update"] = litellm(calls)
-    run.measure("ns", made, rounds=1 if run.quick else 7)
+    run.measure("ns", made, rounds=1 if run.quick else 25)
 
 
 def asleep(calls: int, journal: str | None = None) -> Tracker:

@@ -125,8 +125,8 @@ class FrontDoor:
             QueueFull, TrackerClosed: not accepted, with `overflow="raise"`.
         """
         try:
-            # Tokens below 2**30 compare as single digits; the rarer rest goes the slow way. No comparison is in a chain:
-            # there the interpreter has no quick way for two ints or two floats.
+            # Tokens below 2**30 compare as single digits; the rarer rest goes the slow way. No chain of
+            # comparisons: in one the interpreter has no quick way for two ints or two floats.
             if (
                 type(thread_id) is str
                 and thread_id.isascii()
