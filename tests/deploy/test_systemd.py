@@ -13,30 +13,32 @@ import pytest
 
 from tests.deploy.tools import DEPLOY, ROOT, run, systemd_analyze
 from tests.helpers import running, wait_until
+from tracker_daemon.cli import program
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.artefact("deploy/systemd", "systemd-analyze")
 FOLDER = DEPLOY / "systemd"
-TEXT = (FOLDER / "tracker-daemon.service").read_text(encoding="utf-8")
+UNITS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.service"))}
+DAEMON = "tracker-daemon"
 
 
-def _values(name: str) -> list[str]:
-    return re.findall(rf"^{name}=(.*)$", TEXT, re.MULTILINE)
+def _values(name: str, unit: str = DAEMON) -> list[str]:
+    return re.findall(rf"^{name}=(.*)$", UNITS[unit], re.MULTILINE)
 
 
-def _environment() -> dict[str, str]:
-    pairs = (pair.partition("=") for line in _values("Environment") for pair in shlex.split(line))
+def _environment(unit: str = DAEMON) -> dict[str, str]:
+    pairs = (pair.partition("=") for line in _values("Environment", unit) for pair in shlex.split(line))
     return {name: value for name, _, value in pairs}
 
 
-@pytest.fixture
-def unit(tmp_path: Path) -> Path:
-    """The unit, with a program that exists."""
-    [command] = _values("ExecStart")
-    file = tmp_path / "tracker-daemon.service"
-    file.write_text(TEXT.replace(command.split()[0], shutil.which("true") or "/bin/true"))
+@pytest.fixture(params=UNITS)
+def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A unit, with a program that exists."""
+    [command] = _values("ExecStart", request.param)
+    file = tmp_path / f"{request.param}.service"
+    file.write_text(UNITS[request.param].replace(command.split()[0], shutil.which("true") or "/bin/true"))
     return file
 
 
@@ -56,7 +58,7 @@ def test_exposure(unit: Path) -> None:
     """`systemd-analyze security` gives less than 2.0."""
     got = run(systemd_analyze(), "security", "--offline=true", "--threshold=20", "--no-pager", unit)
     assert got.returncode == 0, got.stdout
-    found = re.search(r"exposure level for tracker-daemon\.service: ([\d.]+)", got.stdout)
+    found = re.search(rf"exposure level for {unit.name}: ([\d.]+)", got.stdout)
     assert found is not None
     assert float(found[1]) < 2.0
 
@@ -68,11 +70,22 @@ def test_stop_waits_for_the_drain() -> None:
     assert int(stop) >= 2 * int(environment["TRACKER_SHUTDOWN_TIMEOUT"]) + int(environment["TRACKER_LINGER"]) + 10
 
 
-def test_credentials_are_loaded() -> None:
+@pytest.mark.parametrize(
+    ("name", "secrets"), [(DAEMON, {"database", "token"}), ("tracker-consumer", {"database", "stream"})]
+)
+def test_credentials_are_loaded(name: str, secrets: set[str]) -> None:
     """Each credential that a setting names is loaded, and none else."""
-    loaded = {value.partition(":")[0] for value in _values("LoadCredential")}
-    named = {value.removeprefix("%d/") for value in _environment().values() if value.startswith("%d/")}
-    assert loaded == named == {"database", "token"}
+    loaded = {value.partition(":")[0] for value in _values("LoadCredential", name)}
+    named = {value.removeprefix("%d/") for value in _environment(name).values() if value.startswith("%d/")}
+    assert loaded == named == secrets
+
+
+def test_settings_of_the_consumer() -> None:
+    """Each is a setting of its command, or the file of one."""
+    [command] = _values("ExecStart", "tracker-consumer")
+    options = program.commands[command.split()[1]].params
+    known = {variable for option in options for variable in [option.envvar] if isinstance(variable, str)}
+    assert {name.removesuffix("_FILE") for name in _environment("tracker-consumer")} <= known
 
 
 def test_its_settings_start_the_daemon(database: str, server_folder: Path) -> None:
@@ -92,12 +105,13 @@ def test_its_settings_start_the_daemon(database: str, server_folder: Path) -> No
         manager.settimeout(60)
         environment |= {"NOTIFY_SOCKET": str(place / "notify"), "WATCHDOG_USEC": "200000", "PYTHONPATH": str(ROOT)}
         [command] = _values("ExecStart")
-        with running([sys.executable, "-m", "tracker_daemon", *command.split()[1:]], environment) as program:
+        with running([sys.executable, "-m", "tracker_daemon", *command.split()[1:]], environment) as started:
             assert "READY=1" in manager.recv(1_000).decode().splitlines()
+            wait_until(lambda: manager.recv(1_000) == b"STATUS=ready", "STATUS=ready")
             assert manager.recv(1_000) == b"WATCHDOG=1"
             assert manager.recv(1_000) == b"WATCHDOG=1"
             assert (place / "tracker.sock").is_socket()
             assert (place / "journal").is_dir()
-            program.process.terminate()
+            started.process.terminate()
             wait_until(lambda: manager.recv(1_000) == b"STOPPING=1", "STOPPING=1")
-            assert program.end().returncode == 0, program.errors
+            assert started.end().returncode == 0, started.errors

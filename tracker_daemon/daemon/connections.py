@@ -169,10 +169,13 @@ def _has_unread(transport: asyncio.Transport) -> bool:
 
 
 def _peer(transport: asyncio.Transport) -> tuple[str, int] | None:
-    """Name the process at the other end of a Unix socket, if it is of this machine and container."""
+    """Name who is at the other end of a Unix socket: the process, with port 0, or, in another container, its user.
+
+    A process of another namespace has no number here. By the port it is told that others may have the same name.
+    """
     peer = transport.get_extra_info("socket")
     option = getattr(socket, "SO_PEERCRED", None)
     if peer is None or option is None or peer.family != socket.AF_UNIX:
         return None
-    pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))[0]
-    return (f"process {pid}", 0) if pid else None
+    pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))
+    return (f"process {pid}", 0) if pid else (f"user {uid} of a container", 1)

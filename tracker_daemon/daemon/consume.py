@@ -194,10 +194,12 @@ class _Consume:
         self._consumer.hurry()
 
     async def _tell_manager(self) -> None:
-        while self._service.state != "ready":  # noqa: ASYNC110 - nothing else waits for it
-            await anyio.sleep(0.2)
-        notify("READY=1\nSTATUS=ready")
-        seconds = watchdog_seconds()
-        while seconds is not None:
-            notify("WATCHDOG=1")
-            await anyio.sleep(seconds)
+        notify("READY=1\nSTATUS=waits for the stream and the database")
+        seconds, ready = watchdog_seconds(), False
+        while seconds is not None or not ready:
+            if not ready and self._service.state == "ready":
+                ready = True
+                notify("STATUS=ready")
+            if seconds is not None:
+                notify("WATCHDOG=1")
+            await anyio.sleep(0.2 if seconds is None else seconds if ready else min(seconds, 0.2))

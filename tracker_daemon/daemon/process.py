@@ -269,9 +269,16 @@ class Process:
         return 1 if report.lost else 0
 
     async def _tell_manager(self) -> None:
-        await self._service.became_ready.wait()
-        notify("READY=1\nSTATUS=ready")
+        # Calls are taken from here on, be the database there or not: what starts after this need not wait for it.
+        notify("READY=1\nSTATUS=takes calls; the database was not reached yet")
         seconds = watchdog_seconds()
+        if seconds is None:
+            await self._service.became_ready.wait()
+        while not self._service.became_ready.is_set():
+            with anyio.move_on_after(seconds):
+                await self._service.became_ready.wait()
+            notify("WATCHDOG=1")
+        notify("STATUS=ready")
         while seconds is not None:
             notify("WATCHDOG=1")
             await anyio.sleep(seconds)
