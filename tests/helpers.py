@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tracker_daemon.sink import Applied
 
 PROGRAMS = Path(__file__).parent / "programs"
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds after which a test that waits has failed; never how long one takes."""
 
 
@@ -129,6 +129,12 @@ def refusing_port() -> Iterator[int]:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
+
+
+def listens(path: Path) -> bool:
+    """Whether somebody listens on a Unix socket; its file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        return asking.connect_ex(str(path)) == 0
 
 
 # -- the tables ------------------------------------------------------------------------------------

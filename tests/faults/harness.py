@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from tests.helpers import PATIENCE
 from tracker_daemon import Tracker
 from tracker_daemon.sink import FAULT_KINDS, SinkFault
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from prometheus_client import CollectorRegistry
-
-PATIENCE = 60.0
 
 
 class Errors:

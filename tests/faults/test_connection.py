@@ -10,8 +10,9 @@ import anyio
 import pytest
 
 from tests.digits import Digits
-from tests.faults.harness import PATIENCE, outcome, sums, tracking
+from tests.faults.harness import outcome, sums, tracking
 from tests.faults.proxy import Blackhole, Cut, CutAfter, Delay, Refuse
+from tests.helpers import PATIENCE
 from tracker_daemon import Tracker
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink

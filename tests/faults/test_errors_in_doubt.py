@@ -14,8 +14,9 @@ from uuid import uuid4
 
 import pytest
 
-from tests.faults.harness import PATIENCE, Errors, tracking
+from tests.faults.harness import Errors, tracking
 from tests.faults.proxy import Cut, FaultProxy
+from tests.helpers import PATIENCE
 from tracker_daemon.batch import Batch
 from tracker_daemon.delta import ThreadDelta
 from tracker_daemon.postgres.apart import Apart

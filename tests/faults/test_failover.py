@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import run_migrate
 from tests.digits import Digits
-from tests.faults.harness import PATIENCE, Errors, outcome, sums, tracking
+from tests.faults.harness import Errors, outcome, sums, tracking
 from tests.faults.proxy import Blackhole, Cut, FaultProxy, Refuse
 from tests.faults.servers import (
     Recording,
@@ -32,7 +32,7 @@ from tests.faults.servers import (
     server,
     standby_of,
 )
-from tests.helpers import ledger, query, wait_until
+from tests.helpers import PATIENCE, ledger, query, wait_until
 from tracker_daemon import DrainReport, Fenced, Tracker
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink

@@ -20,11 +20,11 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from tests.digits import Digits
-from tests.faults.harness import PATIENCE, Errors, outcome, sums, tracking
+from tests.faults.harness import Errors, outcome, sums, tracking
 from tests.faults.pgbouncer import Pgbouncer, find_pgbouncer
 from tests.faults.proxy import Blackhole, Cut, CutAfter, FaultProxy
 from tests.faults.servers import Stream
-from tests.helpers import query, wait_until
+from tests.helpers import PATIENCE, query, wait_until
 from tracker_daemon import Tracker
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink

@@ -14,10 +14,10 @@ from psycopg_pool import AsyncConnectionPool
 
 from tests.conftest import run_migrate
 from tests.digits import Digits
-from tests.faults.harness import PATIENCE, Errors, outcome, sums, tracking
+from tests.faults.harness import Errors, outcome, sums, tracking
 from tests.faults.proxy import Blackhole, Cut, Delay, FaultProxy
 from tests.faults.servers import Stream, folder_for_servers, server, stopped
-from tests.helpers import command, ledger, query, refusing_port, running, wait_until
+from tests.helpers import PATIENCE, command, ledger, query, refusing_port, running, wait_until
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
 from tracker_daemon.sink import SinkFault

@@ -11,8 +11,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from tests.faults.harness import PATIENCE
-from tests.helpers import Trackers, query, wait_until
+from tests.helpers import PATIENCE, Trackers, query, wait_until
 from tests.journal.forgetful import ForgetfulSink, told
 from tests.journal.rig import Calls, Rig, recovered, small_files
 from tests.model.manual_clock import ManualClock, run

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.faults.harness import PATIENCE
-from tests.helpers import Trackers, query
+from tests.helpers import PATIENCE, Trackers, query
 from tests.journal.forgetful import ForgetfulSink
 from tests.journal.rig import Calls, Rig, recovered, small_files
 from tests.test_sinks import daemon_on, daemons, running

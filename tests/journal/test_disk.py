@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.digits import Digits
-from tests.faults.harness import PATIENCE
-from tests.helpers import GatedSink, Trackers, balanced, wait_until
+from tests.helpers import PATIENCE, GatedSink, Trackers, balanced, wait_until
 from tests.journal.disks import SmallDisk, read_only, small_disk
 from tests.journal.forgetful import told
 from tracker_daemon import JournalError, MemorySink, Tracker

@@ -8,11 +8,11 @@ import psycopg
 import pytest
 
 from tests.digits import Digits
-from tests.faults.harness import PATIENCE, Errors, sums, tracking
+from tests.faults.harness import Errors, sums, tracking
 from tests.faults.proxy import Cut, FaultProxy
 from tests.faults.servers import catch_up, cut_off, promote
 from tests.faults.test_failover import digits_of, flush_calls, primary_and_standby, regressions
-from tests.helpers import ledger, wait_until
+from tests.helpers import PATIENCE, ledger, wait_until
 from tests.journal.forgetful import ForgetfulSink, told
 from tracker_daemon import MemorySink
 

@@ -9,8 +9,7 @@ import anyio
 import psycopg
 import pytest
 
-from tests.faults.harness import PATIENCE
-from tests.helpers import Trackers, balanced, query
+from tests.helpers import PATIENCE, Trackers, balanced, query
 from tests.journal.forgetful import told
 from tests.journal.rig import NOW, Calls, Rig, small_files
 from tests.model.manual_clock import Driven

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.faults.harness import PATIENCE
-from tests.helpers import Trackers, wait_until
+from tests.helpers import PATIENCE, Trackers, wait_until
 from tests.journal.forgetful import ForgetfulSink, told
 from tests.journal.rig import Calls, Rig, small_files
 from tracker_daemon import Tracker, journal_keeper

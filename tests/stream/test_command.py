@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.helpers import query, wait_until
+from tests.helpers import listens, query, wait_until
 from tests.stream.harness import Consuming
 from tests.stream.test_consumer import publish
 from tests.stream.test_sink import uuid4
@@ -125,7 +125,7 @@ def test_consume(stream: str, database: str) -> None:
         )
         try:
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://consumer") as client:
-                wait_until(socket.exists, "the socket")
+                wait_until(lambda: listens(socket), "the socket")
                 wait_until(lambda: client.get("/readyz").status_code == 200, "readiness")
                 publish(stream, uuid4(), 1)
                 wait_until(lambda: query(database, "SELECT count(*) FROM conversations") == [(20,)], "the rows")
