@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.deploy.manifests import documents, helmed, kustomized, only, pod_of
+from tests.deploy.manifests import documents, helmed, kustomized, only, workload
 from tests.deploy.podman import DAEMON, eventually
 from tests.deploy.stack import UID, Stack, stack
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.containers
 
-PLAYED = ("StatefulSet", "Deployment", "Job")
-
 
 @pytest.fixture(scope="module")
 def system(podman: Podman, daemon_image: str, postgres_image: str) -> Iterator[Stack]:
@@ -32,14 +30,13 @@ def system(podman: Podman, daemon_image: str, postgres_image: str) -> Iterator[S
         yield found
 
 
-def playable(found: list[dict[str, Any]], secrets: Path, folder: Path) -> dict[str, Any]:
-    """Return the pod of a workload or a Job as podman 4.3 can play it; of the containers nothing is changed but what it cannot do.
+def playable(work: dict[str, Any], secrets: Path, folder: Path) -> dict[str, Any]:
+    """Return the pod that *work* makes as podman 4.3 can play it; its containers are changed in what that cannot do alone.
 
     It knows no sidecars among init containers, no claims and no part of a volume, takes no size for an emptyDir, and
     mounts a Secret's values without decoding them: they are files of *secrets*, put into *folder* as the Secret's volume
     would have them. Claims are directories there too, so that the next pod finds what this one has left.
     """
-    (work,) = [document for document in found if pod_of(document) is not None and document["kind"] in PLAYED]
     template = work["spec"]["template"]
     spec = template["spec"]
     for container in spec.get("initContainers", []):
@@ -103,7 +100,7 @@ def test_pod(system: Stack, name: str, tmp_path: Path) -> None:
     """The pod starts with the manifest's own security, its daemon becomes ready, takes calls, and drains at the end."""
     podman, before = system.podman, system.turns()
     found = documents(helmed(name.split()[1]) if name.startswith("helm") else kustomized(name))
-    pod = playable(found, system.secrets, tmp_path)
+    pod = playable(workload(found), system.secrets, tmp_path)
     file = tmp_path / "pod.yaml"
     file.write_text(yaml.safe_dump_all([only("ConfigMap", found), pod]), encoding="utf-8")
     daemon = f"{pod['metadata']['name']}-tracker-daemon"
@@ -160,7 +157,7 @@ def test_what_a_pod_leaves_on_its_claim(system: Stack, by: str, tmp_path: Path) 
     podman = system.podman
     found, file = documents(kustomized("overlays/sidecar")), tmp_path / "pod.yaml"
     only("ConfigMap", found)["data"] |= {"TRACKER_SHUTDOWN_TIMEOUT": "1", "TRACKER_LINGER": "0"}
-    pod = playable(found, system.secrets, tmp_path)
+    pod = playable(workload(found), system.secrets, tmp_path)
     file.write_text(yaml.safe_dump_all([only("ConfigMap", found), pod]), encoding="utf-8")
     server, daemon = "chat-server-chat-server", "chat-server-tracker-daemon"
     system.sql("DELETE FROM conversations WHERE thread_id LIKE 'by-%'")
@@ -198,7 +195,7 @@ def test_what_a_pod_leaves_on_its_claim(system: Stack, by: str, tmp_path: Path) 
 def recover(system: Stack, journal: str, folder: Path) -> None:
     """Run the Job of deploy/kubernetes/recover on the claim in *folder*, to its end."""
     podman, file = system.podman, folder / "recover.yaml"
-    pod = playable(documents(kustomized("recover")), system.secrets, folder)
+    pod = playable(only("Job", documents(kustomized("recover"))), system.secrets, folder)
     (container,) = pod["spec"]["containers"]
     container["args"][-1] = journal
     file.write_text(yaml.safe_dump(pod), encoding="utf-8")
