@@ -13,16 +13,23 @@ from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm/tracker-daemon"
-OVERLAYS = ("overlays/standalone", "overlays/sidecar", "migrate")
+JOBS = ("migrate", "recover")
+OVERLAYS = ("overlays/standalone", "overlays/sidecar", *JOBS)
 CASES = tuple(sorted(path.stem for path in (DEPLOY / "helm/examples").glob("*.yaml")))
+DAEMONS = (*(name for name in OVERLAYS if name not in JOBS), *CASES)
+CONSUMERS = "deploy/stream"
+RENDERED = (*OVERLAYS, *CASES, CONSUMERS)
 FOLDER = Path(os.environ.get("DEPLOY_FOLDER") or ROOT / ".cache/containers")
 """Where tools, images and containers are kept between runs."""
 
@@ -104,6 +111,28 @@ def helmed(case: str, *settings: str) -> str:
     return said(of_layer("helm"), "template", "chat", CHART, "--namespace", "chat", "--values", values, *settings)
 
 
+def rendered(name: str) -> str:
+    """Return the manifests of an overlay, of a case of the chart, or of the consumers, which nothing renders."""
+    if name == CONSUMERS:
+        files = ("consumers.yaml", "podmonitor.yaml")
+        return "---\n".join((ROOT / name / file).read_text(encoding="utf-8") for file in files)
+    return kustomized(name) if name in OVERLAYS else helmed(name)
+
+
+def each(names: Iterable[str], *tools: str) -> list[Any]:
+    """Return *names* as parameters, each marked with what it is of `deploy/`, and the tools."""
+    found = []
+    for name in names:
+        if name == CONSUMERS:
+            ours = [name]
+        else:
+            ours = (
+                ["deploy/kubernetes/" + name, "kubectl"] if name in OVERLAYS else [f"deploy/helm, {name}.yaml", "helm"]
+            )
+        found.append(pytest.param(name, marks=pytest.mark.artefact(*ours, *tools)))
+    return found
+
+
 def documents(text: str) -> list[dict[str, Any]]:
     """Return the YAML documents in *text*."""
     return [document for document in yaml.safe_load_all(text) if document]
@@ -127,6 +156,12 @@ def workload(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the document that runs the daemon."""
     (document,) = [document for document in found if document["kind"] in ("StatefulSet", "Deployment")]
     return document
+
+
+def settings_of(found: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the daemon's settings."""
+    data: dict[str, str] = only("ConfigMap", found)["data"]
+    return data
 
 
 def daemon_of(pod: dict[str, Any]) -> dict[str, Any]:

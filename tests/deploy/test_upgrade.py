@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import anyio
 import psycopg
 import pytest
 from prometheus_client import CollectorRegistry
@@ -20,6 +21,8 @@ from tests.faults.harness import Errors, sums, tracking
 from tests.faults.servers import Stream
 from tests.helpers import PATIENCE, query
 from tracker_daemon.postgres import schema
+from tracker_daemon.postgres.connection import Connector
+from tracker_daemon.postgres.leases import Leases
 from tracker_daemon.postgres.statements import migrations
 
 if TYPE_CHECKING:
@@ -124,26 +127,64 @@ def test_gives_up_behind_a_lock(postgres: EmbeddedPostgres, older_database: str,
     assert columns(older_database) == before
 
 
+WRITES = (
+    "INSERT INTO tracker_partitions (stream, partition) VALUES ('s', 0)",
+    "INSERT INTO tracker_consumers VALUES ('s', gen_random_uuid(), now())",
+    "UPDATE tracker_partitions SET owner = gen_random_uuid()",
+    "UPDATE tracker_consumers SET expires_at = now()",
+    "DELETE FROM tracker_partitions",
+    "DELETE FROM tracker_consumers",
+)
+COPIES = {
+    "COPY tracker_partitions (stream, partition) FROM STDIN": ("s", 1),
+    "COPY tracker_consumers FROM STDIN": ("s", uuid4(), "2026-01-01"),
+}
+
+
+async def consume_as(conninfo: str) -> bool:
+    """Do in the newer tables what a consumer does; say whether it has the partition."""
+    leases = Leases(Connector(conninfo), (None, "conversations"), stream="c", partitions=1, consumer=uuid4(), lease=60)
+    try:
+        await leases.prepare()
+        await leases.claim(0, 1_000, "created")
+        return (await leases.beat()).owned == {0}
+    finally:
+        await leases.disconnect()
+
+
 def test_rights_on_what_a_migration_makes(older_database: str) -> None:
-    """The guide's default privileges give a role that writes rows the rights on the newer tables; another has none."""
+    """By the guide's default privileges a role that only writes rows may write into newer tables; another may not."""
     (grant,) = re.findall(r"`(ALTER DEFAULT PRIVILEGES[^`]+)`", " ".join(GUIDE.read_text(encoding="utf-8").split()))
+    before = {table for table, _ in columns(older_database)}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    on_older = [
+        line for line, table in re.findall(r"^(GRANT .* ON (\w+) TO chat);", readme, re.MULTILINE) if table in before
+    ]
+    assert len(on_older) > 2
+    assert not before & {"tracker_partitions", "tracker_consumers"}
     writer, other = (f"role_{uuid4().hex[:12]}" for _ in range(2))
-
-    def allowed(role: str) -> bool:
-        with psycopg.connect(older_database) as connection:
-            connection.execute(f"SET ROLE {role}")
-            try:
-                connection.execute("SELECT count(*) FROM tracker_partitions")
-            except psycopg.errors.InsufficientPrivilege:
-                return False
-        return True
-
     with psycopg.connect(older_database, autocommit=True) as connection:
-        connection.execute(f"CREATE ROLE {writer}; CREATE ROLE {other}")
+        connection.execute(f"CREATE ROLE {writer} LOGIN; CREATE ROLE {other}")
         try:
             connection.execute(grant.replace("TO tracker", f"TO {writer}"))
+            for line in on_older:
+                connection.execute(line.replace("TO chat", f"TO {writer}"))
             run_migrate(older_database)
-            assert allowed(writer)
-            assert not allowed(other)
+            connection.execute(f"SET ROLE {other}")
+            for statement in (*WRITES, *COPIES):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    connection.execute(statement)
+            connection.execute(f"SET ROLE {writer}")
+            for statement in WRITES[:2]:
+                assert connection.execute(statement).rowcount == 1
+            for statement, row in COPIES.items():
+                with connection.cursor() as cursor:
+                    with cursor.copy(statement) as copy:
+                        copy.write_row(row)
+                    assert cursor.rowcount == 1
+            for statement in WRITES[2:]:
+                assert connection.execute(statement).rowcount == 2, statement
+            assert anyio.run(consume_as, psycopg.conninfo.make_conninfo(older_database, user=writer))
         finally:
+            connection.execute("RESET ROLE")
             connection.execute(f"DROP OWNED BY {writer}; DROP ROLE {writer}; DROP ROLE {other}")

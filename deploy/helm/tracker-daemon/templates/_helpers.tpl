@@ -39,9 +39,13 @@ TRACKER_JOURNAL: /var/lib/tracker/journal
 TRACKER_SHUTDOWN_TIMEOUT: {{ .Values.shutdownTimeout | quote }}
 TRACKER_LINGER: {{ .Values.linger | quote }}
 {{- range $name, $value := .Values.settings }}
-{{- /* Numbers of a values file are floats, and 2000000 would come out as 2e+06. */}}
-TRACKER_{{ $name }}: {{ if and (kindIs "float64" $value) (eq (floor $value) $value) }}{{ printf "%.0f" $value | quote }}{{ else }}{{ $value | toString | quote }}{{ end }}
+TRACKER_{{ $name }}: {{ include "tracker-daemon.plain" $value | quote }}
 {{- end }}
+{{- end }}
+
+{{/* A setting as text. Numbers of a values file are floats, and 2000000 would come out as 2e+06. */}}
+{{- define "tracker-daemon.plain" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ printf "%.0f" . }}{{ else }}{{ toString . }}{{ end }}
 {{- end }}
 
 {{- define "tracker-daemon.podSecurity" -}}
@@ -107,8 +111,13 @@ capabilities:
   resources:
     {{- toYaml .Values.resources | nindent 4 }}
   volumeMounts:
+    {{- if .Values.journal.enabled }}
     - name: journal
       mountPath: /var/lib/tracker
+    {{- else if .Values.database.embedded }}
+    - name: postgres
+      mountPath: /var/lib/tracker
+    {{- end }}
     - name: socket
       mountPath: /run/tracker-daemon
     - name: secrets
@@ -119,7 +128,7 @@ capabilities:
     {{- end }}
 {{- end }}
 
-{{/* Its volumes but the journal's. */}}
+{{/* Its volumes; the journal's is a claim of the StatefulSet's, never an emptyDir, which would go with the pod. */}}
 {{- define "tracker-daemon.volumes" -}}
 - name: socket
   emptyDir:
@@ -137,6 +146,11 @@ capabilities:
               path: database
       {{- end }}
       {{- include "tracker-daemon.tokenSource" . | nindent 6 }}
+{{- if and .Values.database.embedded (not .Values.journal.enabled) }}
+- name: postgres
+  emptyDir:
+    sizeLimit: {{ .Values.journal.size }}
+{{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}
 {{- end }}
@@ -151,16 +165,6 @@ capabilities:
 {{- end }}
 
 {{- define "tracker-daemon.pod" -}}
-{{- $need := add (mul 2 .Values.shutdownTimeout) .Values.preStop .Values.linger -}}
-{{- if le (int .Values.terminationGracePeriod) (int $need) }}
-{{- fail (printf "terminationGracePeriod must be longer than preStop, twice shutdownTimeout and linger: more than %d" (int $need)) }}
-{{- end -}}
-{{- if and .Values.database.embedded (gt (int .Values.replicas) 1) }}
-{{- fail (printf "database.embedded is a PostgreSQL in each pod, with sums of its own: replicas must be 1, not %d" (int .Values.replicas)) }}
-{{- end -}}
-{{- if and .Values.podMonitor.enabled (hasSuffix "s" .Values.podMonitor.interval) (le (int .Values.linger) (int (trimSuffix "s" .Values.podMonitor.interval))) }}
-{{- fail (printf "linger, %d s, must be longer than podMonitor.interval, %s: else no scrape sees the calls that a drain has lost" (int .Values.linger) .Values.podMonitor.interval) }}
-{{- end -}}
 metadata:
   labels:
     {{- include "tracker-daemon.selector" . | nindent 4 }}
@@ -215,6 +219,12 @@ spec:
         - name: token
           mountPath: /etc/tracker-daemon
           readOnly: true
+        {{- if .Values.journal.enabled }}
+        # For journals of its own trackers: what they have not sent yet, the daemon's does not hold.
+        - name: journal
+          mountPath: /var/lib/tracker
+          subPath: chat-server
+        {{- end }}
         {{- with .Values.chatServer.volumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -230,10 +240,8 @@ spec:
         defaultMode: 0440
         sources:
           {{- include "tracker-daemon.tokenSource" . | nindent 10 }}
+    {{- with .Values.chatServer.volumes }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
-    {{- if or (eq .Values.mode "sidecar") (not .Values.journal.enabled) }}
-    - name: journal
-      emptyDir:
-        sizeLimit: {{ .Values.journal.size }}
     {{- end }}
 {{- end }}
