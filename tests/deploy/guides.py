@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_SERVICE = re.compile(r"^```ini\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# Every command as the shell runs it, and so as `ps` shows it, goes into a file.
+_TRACED = "exec {BASH_XTRACEFD}>>arguments; set -x\n"
 
 
 class Guide:
@@ -31,6 +34,8 @@ class Guide:
         text = (ROOT / "docs" / name).read_text(encoding="utf-8")
         self._blocks: Iterator[str] = iter(_BLOCK.findall(text))
         self._folder, self._places = folder, places
+        for service in _SERVICE.findall(text):
+            (folder / ".pg_service.conf").write_text(self._in_place(service))
         ours = folder / "programs"
         ours.mkdir()
         (ours / "tracker-daemon").write_text(f'#!/bin/sh\nexec {sys.executable} -m tracker_daemon "$@"\n')
@@ -49,10 +54,9 @@ class Guide:
         """Run the next block, which has *begins* in its first line; return what it said."""
         block = next(self._blocks)
         assert begins in block.partition("\n")[0], f"the next step is {block!r}"
-        for there, here in self._places.items():
-            block = block.replace(there, here)
+        block = self._in_place(block)
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
+            ["bash", "-euo", "pipefail", "-c", _TRACED + block],
             cwd=self._folder,
             env=self._environment | environment,
             text=True,
@@ -64,6 +68,16 @@ class Guide:
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}"
         return done.stdout
+
+    def _in_place(self, text: str) -> str:
+        for there, here in self._places.items():
+            text = text.replace(there, here)
+        return text
+
+    @property
+    def arguments(self) -> str:
+        """Every command that was run until now, as `ps` showed it to all users of the machine."""
+        return (self._folder / "arguments").read_text()
 
     def skip(self, begins: str) -> None:
         """Leave out the next block, which is for another case."""

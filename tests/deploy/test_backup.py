@@ -18,7 +18,7 @@ from tests.daemon.harness import Daemon, serving, turn
 from tests.deploy.guides import Guide
 from tests.digits import Digits
 from tests.faults.harness import Errors, sums, tracking
-from tests.faults.servers import Recording, Stream
+from tests.faults.servers import Recording, Stream, needing_password
 from tests.helpers import PATIENCE, ledger, wait_until
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
@@ -77,17 +77,21 @@ def names(postgres: EmbeddedPostgres) -> Iterator[dict[str, str]]:
 def guide(
     postgres: EmbeddedPostgres, database: str, names: dict[str, str], folder: Path, journal: Path
 ) -> Iterator[Guide]:
-    """The guide for *database*."""
+    """The guide for *database*, for a superuser with a password."""
     place = folder / "guide"
     place.mkdir()
     own = str(conninfo_to_dict(database)["dbname"])
     for file, conninfo in {
         "database": database,
         "database.restored": make_conninfo(database, dbname=names["chat_restored"]),
-        "maintenance": postgres.conninfo,
     }.items():
         (place / file).write_text(f"{conninfo}\n")
+    role, password = f"admin_{own}", f"password_of_{own}"
     places = {
+        "host=db.example": f"host=127.0.0.1\nport={postgres.port}",
+        "user=postgres": f"user={role}",
+        "password=SECRET": f"password={password}",
+        "dbname=chat\n": f"dbname={own}\n",
         "/etc/tracker-daemon/": f"{place}/",
         "/var/lib/tracker-daemon/journal": str(journal),
         **names,
@@ -95,8 +99,15 @@ def guide(
         "'chat'": f"'{own}'",
         "RENAME TO chat;": f"RENAME TO {own};",
     }
-    with Guide("backup-and-restore.md", place, postgres.bin_directory, places) as found:
-        yield found
+    with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE ROLE {} SUPERUSER").format(sql.Identifier(role)))
+        with (
+            needing_password(postgres, role, password),
+            Guide("backup-and-restore.md", place, postgres.bin_directory, places) as found,
+        ):
+            yield found
+            assert "pg_dump" in found.arguments
+            assert password not in found.arguments
 
 
 def test_restored_with_a_journal(

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from tests.helpers import query, wait_until
 from tracker_daemon.embedded import EmbeddedPostgres
@@ -49,6 +51,33 @@ def server(folder: Path, **settings: str) -> Iterator[EmbeddedPostgres]:
         yield running
     finally:
         running.stop("immediate")
+
+
+# -- a role that needs a password ------------------------------------------------------------------
+
+
+@contextmanager
+def needing_password(server: EmbeddedPostgres, name: str, password: str) -> Iterator[None]:
+    """Have the server ask the role *name*, which is there, for *password*, over TCP."""
+    rules = server.directory / "data" / "pg_hba.conf"
+    before = rules.read_text()
+    role = sql.Identifier(name)
+    with psycopg.connect(server.conninfo, autocommit=True) as admin:
+        admin.execute(sql.SQL("ALTER ROLE {} LOGIN PASSWORD {}").format(role, password))
+        rules.write_text(f"host all {name} 127.0.0.1/32 scram-sha-256\n{before}")
+        admin.execute("SELECT pg_reload_conf()")
+        wait_until(lambda: _wants_password(make_conninfo(server.tcp_conninfo, user=name)), "the new rule")
+        yield
+        rules.write_text(before)
+        admin.execute("SELECT pg_reload_conf()")
+
+
+def _wants_password(conninfo: str) -> bool:
+    try:
+        psycopg.connect(conninfo).close()
+    except psycopg.OperationalError as error:
+        return "password" in str(error)
+    return False
 
 
 # -- a primary and its standby ---------------------------------------------------------------------
