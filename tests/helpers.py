@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from prometheus_client import CollectorRegistry
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tracker_daemon import MemorySink, Tracker
 
@@ -169,6 +171,20 @@ def ledger(conninfo: str) -> list[tuple[str, int, int]]:
     """Return producer, epoch and applied sequence of every ledger row, oldest first."""
     statement = "SELECT producer::text, epoch, applied_sequence FROM tracker_ledger ORDER BY opened_at"
     return query(conninfo, statement)
+
+
+@contextmanager
+def away(conninfo: str) -> Iterator[None]:
+    """Have the server let nobody into the database, for as long as the block."""
+    name = str(conninfo_to_dict(conninfo)["dbname"])
+    allow = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+    with psycopg.connect(make_conninfo(conninfo, dbname="postgres"), autocommit=True) as connection:
+        connection.execute(allow.format(sql.Identifier(name), False))
+        try:
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+            yield
+        finally:
+            connection.execute(allow.format(sql.Identifier(name), True))
 
 
 @contextmanager

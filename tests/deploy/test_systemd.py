@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import socket
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.daemon.harness import Manager
 from tests.deploy.tools import DEPLOY, ROOT, run, systemd_analyze
-from tests.helpers import running, wait_until
+from tests.helpers import running
 from tracker_daemon.cli import program
 
 if TYPE_CHECKING:
@@ -100,18 +100,15 @@ def test_its_settings_start_the_daemon(database: str, server_folder: Path) -> No
         for before, after in places.items():
             value = value.replace(before, after)  # noqa: PLW2901
         environment[name] = re.sub(r"(127\.0\.0\.1):\d+", r"\1:0", value)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(place / "notify"))
-        manager.settimeout(60)
-        environment |= {"NOTIFY_SOCKET": str(place / "notify"), "WATCHDOG_USEC": "200000", "PYTHONPATH": str(ROOT)}
+    with Manager(str(place / "notify")) as manager:
+        environment |= {**manager.environment, "PYTHONPATH": str(ROOT)}
         [command] = _values("ExecStart")
         with running([sys.executable, "-m", "tracker_daemon", *command.split()[1:]], environment) as started:
-            assert "READY=1" in manager.recv(1_000).decode().splitlines()
-            wait_until(lambda: manager.recv(1_000) == b"STATUS=ready", "STATUS=ready")
-            assert manager.recv(1_000) == b"WATCHDOG=1"
-            assert manager.recv(1_000) == b"WATCHDOG=1"
+            assert manager.hears() == "READY=1"
+            manager.hears_until("STATUS=ready")
+            assert [manager.hears(), manager.hears()] == ["WATCHDOG=1"] * 2
             assert (place / "tracker.sock").is_socket()
             assert (place / "journal").is_dir()
             started.process.terminate()
-            wait_until(lambda: manager.recv(1_000) == b"STOPPING=1", "STOPPING=1")
+            manager.hears_until("STOPPING=1")
             assert started.end().returncode == 0, started.errors
