@@ -24,7 +24,7 @@ class Guide:
     """A page whose commands a test runs one block after the other; at the end none may be left.
 
     Args:
-        name: of the page in docs/.
+        name: of the page, as docs/ has it.
         folder: where the commands run.
         programs: a directory that is looked in before PATH.
         places: what stands in the page, and what is in its place here; of the environment nothing else is known to it.
@@ -41,7 +41,8 @@ class Guide:
         (ours / "tracker-daemon").write_text(f'#!/bin/sh\nexec {sys.executable} -m tracker_daemon "$@"\n')
         # What needs systemd says here what it was asked.
         for sham in ("journalctl", "systemctl"):
-            (ours / sham).write_text('#!/bin/sh\ncase " $* " in *" tracker-daemon "*) ;; *) exit 1 ;; esac\n')
+            known = '*" tracker-daemon "* | *" tracker-consumer "* | " daemon-reload ") ;; *) exit 1 ;;'
+            (ours / sham).write_text(f'#!/bin/sh\ncase " $* " in {known} esac\n')
         for program in ours.iterdir():
             program.chmod(0o755)
         self._environment = {
