@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import psycopg
@@ -18,7 +17,7 @@ from tests.daemon.harness import Daemon, serving, turn
 from tests.deploy.guides import Guide
 from tests.digits import Digits
 from tests.faults.harness import Errors, sums, tracking
-from tests.faults.servers import Recording, Stream, needing_password
+from tests.faults.servers import Calling, Recording, Stream, needing_password
 from tests.helpers import PATIENCE, ledger, wait_until
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
@@ -33,33 +32,19 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.artefact("docs/backup-and-restore.md", "pg_dump", "pg_restore", "psql")
 
 
-class Posts:
-    """Posts calls in a thread of its own, for as long as the block; each has a digit of its own."""
+class Posts(Calling):
+    """Posts calls to a daemon."""
 
     def __init__(self, daemon: Daemon, digits: Digits, name: str) -> None:
+        super().__init__()
         self._daemon, self._digits, self._name = daemon, digits, name
-        self._stop, self._thread = threading.Event(), threading.Thread(target=self._run)
-        self.made = 0
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            names = [f"{self._name}-{self.made // 310}-{number}" for number in range(10)]
-            body = "".join(turn(name, tokens=self._digits.tokens(name)) for name in names)
-            assert self._daemon.post(body).status == 202
-            self.made += 10
-
-    def more(self, calls: int = 50) -> None:
-        """Wait until some more calls were taken."""
-        wanted = self.made + calls
-        wait_until(lambda: self.made >= wanted, "more calls")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def call(self) -> None:
+        """Post ten calls."""
+        names = [f"{self._name}-{self.made // 310}-{number}" for number in range(10)]
+        body = "".join(turn(name, tokens=self._digits.tokens(name)) for name in names)
+        assert self._daemon.post(body).status == 202
+        self.made += 10
 
 
 @pytest.fixture
