@@ -10,9 +10,33 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Iterable, Mapping
 
 CALLS_PER_THREAD = 31  # 4**31 - 1 fits bigint
+
+
+def of_lives(
+    sums: Mapping[str, int], made: Iterable[tuple[str, int, Container[int]]]
+) -> tuple[list[str], list[str], int]:
+    """Return what is missing, what is doubled, and how many calls were counted once.
+
+    Args:
+        sums: the table's.
+        made: of each life its name, how many calls it made, and the numbers of those that may be counted or not; call
+            number *calls* may have been taken by a life that was killed before it heard of it. A life NAME calls on the
+            threads NAME.0, NAME.1 and so on.
+    """
+    missing, doubled, once = list[str](), list[str](), 0
+    for name, calls, maybe in made:
+        for number in range(calls + 1):
+            group, place = divmod(number, CALLS_PER_THREAD)
+            digit = sums.get(f"{name}.{group}", 0) // 4**place % 4
+            once += digit == 1
+            if digit > 1 or (number == calls and number not in maybe and digit):
+                doubled.append(f"{name} {number} of {calls}")
+            elif digit == 0 and number < calls and number not in maybe:
+                missing.append(f"{name} {number} of {calls}")
+    return missing, doubled, once
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from prometheus_client import CollectorRegistry
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tracker_daemon import MemorySink, Tracker
 
@@ -174,6 +177,42 @@ def ledger(conninfo: str) -> list[tuple[str, int, int]]:
     """Return producer, epoch and applied sequence of every ledger row, oldest first."""
     statement = "SELECT producer::text, epoch, applied_sequence FROM tracker_ledger ORDER BY opened_at"
     return query(conninfo, statement)
+
+
+@contextmanager
+def away(conninfo: str) -> Iterator[None]:
+    """Have the server let nobody into the database, for as long as the block."""
+    name = str(conninfo_to_dict(conninfo)["dbname"])
+    allow = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+    with psycopg.connect(make_conninfo(conninfo, dbname="postgres"), autocommit=True) as connection:
+        connection.execute(allow.format(sql.Identifier(name), False))
+        try:
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+            yield
+        finally:
+            connection.execute(allow.format(sql.Identifier(name), True))
+
+
+@contextmanager
+def a_role(conninfo: str) -> Iterator[tuple[psycopg.Connection[Any], str]]:
+    """A role that may do nothing but log in, and a connection that may everything."""
+    with psycopg.connect(conninfo, autocommit=True) as admin:
+        name = f"reader_{os.getpid()}"
+        admin.execute(f"CREATE ROLE {name} LOGIN")  # type: ignore[call-overload]
+        try:
+            yield admin, name
+        finally:
+            admin.execute(f"DROP OWNED BY {name}")  # type: ignore[call-overload]
+            admin.execute(f"DROP ROLE {name}")  # type: ignore[call-overload]
+
+
+def grant_as_the_readme(admin: psycopg.Connection[Any], role: str) -> None:
+    """Give *role* the rights that the README lists, and no more."""
+    page = (PROGRAMS.parent.parent / "README.md").read_text(encoding="utf-8")
+    grants = re.findall(r"^(GRANT .*?) TO chat;", page, re.MULTILINE)
+    assert len(grants) > 3
+    for grant in grants:
+        admin.execute(f"{grant} TO {role}")
 
 
 # -- programs --------------------------------------------------------------------------------------

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import sys
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.helpers import a_role, grant_as_the_readme
 from tracker_daemon.cli import program
 from tracker_daemon.server_probes import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
 PASSWORD = "hunter2secret"  # noqa: S105 - of nobody
-README = Path(__file__).parent.parent / "README.md"
 TABLES = {
     "conversations",
     "tracker_ledger",
@@ -167,8 +163,7 @@ def test_no_right_to_make_tables(empty_database: str) -> None:
 def test_check_by_the_server_s_role(database: str) -> None:
     """A role with the rights that the README lists, and no more, may check; what it cannot see it says."""
     with a_role(database) as (admin, name):
-        for grant in re.findall(r"^(GRANT .*?;)", README.read_text(encoding="utf-8"), re.MULTILINE):
-            admin.execute(grant.replace(" TO chat", f" TO {name}"))
+        grant_as_the_readme(admin, name)
         options = ("--database", psycopg.conninfo.make_conninfo(database, user=name), "--check")
         result = run("migrate", *options)
         assert (result.exit_code, result.stdout) == (0, "nothing is missing\n")
@@ -178,19 +173,6 @@ def test_check_by_the_server_s_role(database: str) -> None:
         admin.execute("ALTER TABLE conversations ADD COLUMN ended_at timestamptz")
         admin.execute(f"GRANT SELECT ON tracker_migrations TO {name}")
         assert run("migrate", *options).output == "nothing is missing\n"
-
-
-@contextmanager
-def a_role(conninfo: str) -> Iterator[tuple[psycopg.Connection[Any], str]]:
-    """A role that may do nothing but log in, and a connection that may everything."""
-    with psycopg.connect(conninfo, autocommit=True) as admin:
-        name = f"reader_{os.getpid()}"
-        admin.execute(f"CREATE ROLE {name} LOGIN")  # type: ignore[call-overload]
-        try:
-            yield admin, name
-        finally:
-            admin.execute(f"DROP OWNED BY {name}")  # type: ignore[call-overload]
-            admin.execute(f"DROP ROLE {name}")  # type: ignore[call-overload]
 
 
 def test_socket_in_no_directory() -> None:

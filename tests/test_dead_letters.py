@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import a_role, grant_as_the_readme
 from tests.strategies import any_costs, names, tokens
 from tracker_daemon import ThreadDelta, Tracker
 from tracker_daemon.cli import program
@@ -120,6 +122,43 @@ def test_retry_tells_a_bounded_number(buried: str) -> None:
     assert result.stdout == "applied 0, refused again 32\n"
     assert len(result.stderr.splitlines()) == 21
     assert result.stderr.endswith("and 12 more: tracker-daemon dead-letters list\n")
+
+
+def test_by_the_server_s_role(buried: str) -> None:
+    """A role with the rights of the README lists; without the further ones it is told what to grant, and changes nothing."""
+    with a_role(buried) as (admin, name):
+        grant_as_the_readme(admin, name)
+        own = ("--database", psycopg.conninfo.make_conninfo(buried, user=name))
+        before = listed(buried)
+        assert [json.loads(line) for line in run("list", *own).stdout.splitlines()] == before
+        told = {command: run(command, *own, "--all") for command in ("retry", "drop")}
+        assert listed(buried) == before
+        grants = {command: re.findall(r"GRANT [^;]+", result.stderr) for command, result in told.items()}
+        for command, result in told.items():
+            assert result.exit_code == 1
+            assert result.stderr.startswith(
+                "Error: permission denied for table tracker_dead_letters: run it as the owner"
+            )
+            assert result.stderr.count("\n") == 1
+            assert grants[command][0].startswith("GRANT SELECT, ")
+        for grant in grants["retry"]:
+            admin.execute(grant)
+        refused = run("retry", *own, "--all")
+        assert (refused.exit_code, refused.stdout) == (1, "applied 0, refused again 2\n")
+        admin.execute("ALTER TABLE conversations DROP CONSTRAINT no_bad")
+        assert run("retry", *own, "--thread-id", "bad-1").output == "applied 1, refused again 0\n"
+        assert run("drop", *own, "--all").output == "dropped 1\n"
+
+
+def test_a_missing_right_is_no_reason_of_a_letter(buried: str) -> None:
+    """A role that may take letters and not merge them is told so; the letters keep the reason for which they are there."""
+    with a_role(buried) as (admin, name):
+        admin.execute(f"GRANT SELECT, UPDATE, DELETE ON tracker_dead_letters TO {name}")  # type: ignore[call-overload]
+        before = listed(buried)
+        result = run("retry", "--database", psycopg.conninfo.make_conninfo(buried, user=name), "--all")
+        assert result.exit_code == 1
+        assert f'GRANT SELECT, INSERT, UPDATE ON "public"."conversations" TO "{name}"' in result.stderr
+        assert listed(buried) == before
 
 
 def test_without_tables(empty_database: str) -> None:

@@ -22,6 +22,7 @@ FLOORS = [
     {"daemon.app", "daemon.connections"},
     {"daemon.consuming"},
     {"daemon.service", "daemon.notify", "stream.metrics"},
+    {"daemon.watched"},
     {"daemon.relay", "daemon.options", "daemon.bearer", "daemon.ingest", "daemon.refused", "daemon.log"},
     {"daemon.admission", "daemon.relay_books"},
     {"demo.driving"},

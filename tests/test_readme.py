@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import httpx
 import psycopg
+import pytest
 
 import tracker_daemon
+from tests.daemon.harness import serving
 from tests.test_metrics import NAMES
 from tracker_daemon.settings import Settings
-
-if TYPE_CHECKING:
-    import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -66,6 +67,21 @@ def test_tables_without_the_command_line(empty_database: str) -> None:
     exec(code(1).replace('"postgresql:///chat"', repr(empty_database)), {})  # noqa: S102 - it is the point
     with psycopg.connect(empty_database) as connection:
         assert connection.execute("SELECT count(*) FROM conversations, tracker_ledger").fetchall() == [(0,)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/daemon.md"])
+def test_calls_with_curl(database: str, page: str) -> None:
+    """The page's request is answered once its calls are in the table."""
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on PATH")
+    (block,) = re.findall(r"```sh\n(curl .*?)```", PAGES[ROOT / page], re.DOTALL)
+    with serving(database) as daemon:
+        script = block.replace("/run/tracker-daemon/tracker.sock", daemon.path)
+        got = subprocess.run(["sh", "-ec", script], check=True, capture_output=True, text=True, timeout=60)
+    assert got.stdout.strip() == '{"accepted":2}'
+    with psycopg.connect(database) as connection:
+        row = connection.execute("SELECT turn_count, total_tokens, resolution_type FROM conversations").fetchone()
+    assert row == (1, 812, "resolved_by_agent")
 
 
 def test_every_metric_is_listed() -> None:

@@ -76,20 +76,24 @@ async def missing(database: str, table: Table) -> tuple[list[str], str]:
 
 async def letters(database: str, table: Table, thread_id: str | None, limit: int) -> tuple[list[StoredLetter], int]:
     """Return dead letters, oldest first, at most *limit*; and how many there are."""
-    async with opened_session(database, table) as session:
+    async with _on_letters(database, table, "SELECT") as session:
         found = await dead_letters.stored(session, thread_id, limit)
         return found, len(found) if len(found) < limit else await dead_letters.count(session, thread_id)
 
 
 async def retry(database: str, table: Table, thread_id: str | None) -> tuple[int, list[StoredLetter]]:
-    """Apply dead letters again; return how many were applied, and those refused again."""
-    async with opened_session(database, table) as session:
+    """Apply dead letters again; return how many were applied, and those refused again.
+
+    Raises:
+        SchemaError: this role may not do it; the message says what to grant. What is not applied is as it was.
+    """
+    async with _on_letters(database, table, "SELECT, UPDATE, DELETE", merge=True) as session:
         return await dead_letters.retry(session, thread_id)
 
 
 async def drop(database: str, table: Table, thread_id: str | None) -> int:
     """Delete dead letters for good; return how many."""
-    async with opened_session(database, table) as session:
+    async with _on_letters(database, table, "SELECT, DELETE") as session:
         return await dead_letters.drop(session, thread_id)
 
 
@@ -121,3 +125,18 @@ async def opened_session(database: str, table: Table) -> AsyncIterator[Session]:
             yield session
         finally:
             await session.close()
+
+
+@asynccontextmanager
+async def _on_letters(database: str, table: Table, rights: str, *, merge: bool = False) -> AsyncIterator[Session]:
+    """Yield a checked connection for what needs *rights* on the dead letters, and to *merge* those of a flush."""
+    async with opened_session(database, table) as session:
+        try:
+            yield session
+        except psycopg.errors.InsufficientPrivilege as error:
+            names = {**session.statements.names, "role": sql.Identifier(session.connection.info.user)}
+            grants = [f"GRANT {rights} ON {{dead_letters}} TO {{role}}"]
+            if merge:
+                grants.append("GRANT SELECT, INSERT, UPDATE ON {table} TO {role}")
+            what = sql.SQL("; ".join(grants)).format(**names).as_string()
+            raise SchemaError(f"{error.diag.message_primary}: run it as the owner, or, as the owner: {what}") from error

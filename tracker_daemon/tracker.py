@@ -28,7 +28,6 @@ from tracker_daemon.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from concurrent.futures import Future
-    from types import TracebackType
 
     from prometheus_client.registry import CollectorRegistry
     from psycopg_pool import AsyncConnectionPool
@@ -292,9 +291,7 @@ class Tracker(FrontDoor):
         self._start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     @asynccontextmanager

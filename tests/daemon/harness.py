@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -198,6 +199,32 @@ class Daemon:
     def says(self, text: str) -> None:
         """Wait until *text* stands in the log."""
         wait_until(lambda: text in self.log, f"{text!r} in the log")
+
+
+class Manager:
+    """What systemd is to a unit: a socket that hears what it is told. `environment` is where, and that it wants signs of life."""
+
+    def __init__(self, address: str) -> None:
+        self.environment = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "200000"}
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address.replace("@", "\0", 1) if address.startswith("@") else address)
+        self._socket.settimeout(PATIENCE)
+
+    def hears(self) -> str:
+        """Return the next that it is told."""
+        return self._socket.recv(4_096).decode()
+
+    def hears_until(self, pattern: str) -> list[str]:
+        """Return what it is told until that matches *pattern*, and that as the last."""
+        said = [self.hears()]
+        wait_until(lambda: re.fullmatch(pattern, said[-1]) or said.append(self.hears()), f"{pattern!r} in {said}")
+        return said
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._socket.close()
 
 
 @contextmanager

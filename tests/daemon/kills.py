@@ -24,16 +24,14 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
-
-import psycopg
 
 from tests.conftest import run_migrate
 from tests.daemon.between import Between
 from tests.daemon.harness import ROOT, Daemon, turn
-from tests.digits import CALLS_PER_THREAD
-from tests.helpers import PROGRAMS, wait_until
+from tests.digits import CALLS_PER_THREAD, of_lives
+from tests.helpers import PROGRAMS, query, wait_until
 from tracker_daemon.embedded import EmbeddedPostgres
 
 if TYPE_CHECKING:
@@ -207,18 +205,7 @@ class Kills:
                 self._daemon.start(ready=False)
 
     def _verdict(self) -> bool:
-        with psycopg.connect(self._postgres.conninfo) as connection:
-            found = dict(connection.execute("SELECT thread_id, total_tokens::bigint FROM conversations").fetchall())
-        missing, doubled, once = list[str](), list[str](), 0
-        for name, calls, maybe in self._made():
-            for number in range(calls + 1):
-                group, place = divmod(number, CALLS_PER_THREAD)
-                digit = found.get(f"{name}.{group}", 0) // 4**place % 4
-                once += digit == 1
-                if digit > 1 or (number == calls and number not in maybe and digit):
-                    doubled.append(f"{name} {number} of {calls}")
-                elif digit == 0 and number < calls and number not in maybe:
-                    missing.append(f"{name} {number} of {calls}")
+        missing, doubled, once = of_lives(sums_of(self._postgres.conninfo), self._made())
         self._say(f"{once} calls counted once, missing {len(missing)}, doubled {len(doubled)}; {dict(self.met)}")
         if missing or doubled:
             self._say(f"missing {missing[:3]} {missing[-3:]}, doubled {doubled[:20]}\n{self._daemon.log}")
@@ -243,7 +230,22 @@ class Kills:
             yield f"{poster.name}.0", poster.made, set() if poster.name == "identified" else poster.unanswered
 
 
-def main() -> int:
+def sums_of(conninfo: str) -> dict[str, int]:
+    """Return the tokens of every thread."""
+    return dict(query(conninfo, "SELECT thread_id, total_tokens::bigint FROM conversations"))
+
+
+class Run(Protocol):
+    """A run of some kind of kills."""
+
+    def __init__(self, folder: Path, seconds: float, seed: int) -> None: ...
+
+    def run(self) -> bool:
+        """Kill until the time is up; return whether every call was counted once."""
+        ...
+
+
+def main(kills: type[Run]) -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60)
@@ -251,11 +253,12 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="trk-"))
     folder.chmod(0o755)
+    print(f"seed {arguments.seed}")  # noqa: T201
     try:
-        return 0 if Kills(folder, arguments.seconds, arguments.seed).run() else 1
+        return 0 if kills(folder, arguments.seconds, arguments.seed).run() else 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Kills))

@@ -12,10 +12,9 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from psycopg import sql
 
 from tests.daemon.harness import Daemon, serving, turn
-from tests.helpers import PATIENCE, query, refusing_port, totals, wait_until
+from tests.helpers import PATIENCE, away, query, refusing_port, totals, wait_until
 from tracker_daemon import Tracker
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from tracker_daemon.embedded import EmbeddedPostgres
 
 TURN = turn("t", agent_name="a", tokens=3, cost="0.25")
 
@@ -176,18 +174,9 @@ def test_instants_that_clients_give(daemon: Daemon) -> None:
     assert 0 < daemon.metric("tracker_commit_lag_seconds_sum") < 60
 
 
-def test_ready_when_the_database_is(daemon: Daemon, database: str, postgres: EmbeddedPostgres) -> None:
+def test_ready_when_the_database_is(daemon: Daemon, database: str) -> None:
     """`/readyz` says why not while the database refuses, and is ready again by itself; `/livez` and `/` are all the while."""
-    name = query(database, "SELECT current_database()")[0][0]
-
-    def allow(*, allowed: bool) -> None:
-        with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
-            connection.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}").format(sql.Identifier(name), allowed))
-            if not allowed:
-                connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
-
-    allow(allowed=False)
-    try:
+    with away(database):
         why = "not currently accepting connections"
         wait_until(lambda: why in str(daemon.get("/readyz").json.get("reason")), "the reason")
         reply = daemon.get("/readyz")
@@ -197,8 +186,6 @@ def test_ready_when_the_database_is(daemon: Daemon, database: str, postgres: Emb
         headers = {"Tracker-Producer": str(uuid4()), "Tracker-Sequence": "1"}
         refused = daemon.post(TURN, headers=headers)
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-    finally:
-        allow(allowed=True)
     wait_until(lambda: daemon.get("/readyz").status == 200, "ready")
     assert daemon.post(TURN, headers=headers).json == {"accepted": 1, "duplicate": False, "dead_lettered": 0}
     daemon.post("", wait=True)
@@ -273,35 +260,27 @@ def test_greedy_while_the_database_is_away(database: str) -> None:
         assert post(f"greedy-{taken}", "127.0.0.1")[0] == 202
 
 
-def test_trackers_batches_that_wait_are_seen(
-    daemon: Daemon, postgres: EmbeddedPostgres, registry: CollectorRegistry
-) -> None:
+def test_trackers_batches_that_wait_are_seen(daemon: Daemon, registry: CollectorRegistry) -> None:
     """A daemon that serves trackers alone shows what they wait for while the database is away, from try to try."""
-    name = query(daemon.database, "SELECT current_database()")[0][0]
     tracker = Tracker(daemon.url, flush_interval=0.01, registry=registry)
     tracker.record_turn("before")
     tracker.flush(PATIENCE)
     assert daemon.metric("tracker_oldest_pending_timestamp_seconds") == 0
-    with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
-        connection.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(sql.Identifier(name)))
-        try:
-            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
-            tracker.record_turn("t")
-            tries = daemon.metric('tracker_flushes_total{outcome="retry"}')
-            since = set()
+    with away(daemon.database):
+        tracker.record_turn("t")
+        tries = daemon.metric('tracker_flushes_total{outcome="retry"}')
+        since = set()
 
-            def tried(times: int) -> bool:
-                since.add(daemon.metric("tracker_oldest_pending_timestamp_seconds"))
-                return daemon.metric('tracker_flushes_total{outcome="retry"}') >= tries + times
+        def tried(times: int) -> bool:
+            since.add(daemon.metric("tracker_oldest_pending_timestamp_seconds"))
+            return daemon.metric('tracker_flushes_total{outcome="retry"}') >= tries + times
 
-            wait_until(lambda: tried(1), "a try")
-            since.clear()
-            wait_until(lambda: tried(4), "further tries")
-            assert len(since) == 1
-            assert since.pop() > 0
-            assert (daemon.metric("tracker_queue_calls"), daemon.metric("tracker_queue_depth")) == (1, 1)
-        finally:
-            connection.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(sql.Identifier(name)))
+        wait_until(lambda: tried(1), "a try")
+        since.clear()
+        wait_until(lambda: tried(4), "further tries")
+        assert len(since) == 1
+        assert since.pop() > 0
+        assert (daemon.metric("tracker_queue_calls"), daemon.metric("tracker_queue_depth")) == (1, 1)
     assert tracker.close(PATIENCE).lost == 0
     assert (daemon.metric("tracker_queue_calls"), daemon.metric("tracker_calls_applied_total")) == (0, 2)
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 
-from tests.daemon.harness import ROOT, Daemon, serving, socket_folder, turn
-from tests.helpers import PATIENCE, refusing_port, totals, wait_until
+from tests.daemon.harness import ROOT, Daemon, Manager, serving, socket_folder, turn
+from tests.helpers import PATIENCE, away, refusing_port, totals, wait_until
 from tracker_daemon.daemon.serve import _place
 
 if TYPE_CHECKING:
@@ -151,31 +151,38 @@ def test_health(database: str, folder: Path) -> None:
 # -- the manager -----------------------------------------------------------------------------------
 
 
+SINCE = r"STATUS=not ready since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, "
+
+
 def test_manager_is_told(database: str, folder: Path) -> None:
-    """READY at once, with what is the case, WATCHDOG at half of its time, STOPPING at SIGTERM."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(folder / "notify"))
-        manager.settimeout(PATIENCE)
-        with serving(database, NOTIFY_SOCKET=str(folder / "notify"), WATCHDOG_USEC="200000") as daemon:
-            said = [manager.recv(4_096).decode()]
-            assert said[0].splitlines()[0] == "READY=1"
-            while said[-1] != "STATUS=ready":
-                said.append(manager.recv(4_096).decode())
-            assert set(said[1:-1]) <= {"WATCHDOG=1"}
-            assert [manager.recv(4_096).decode() for _ in range(3)] == ["WATCHDOG=1"] * 3
-            daemon.signal(signal.SIGTERM)
-            while said[-1] != "STOPPING=1":
-                said.append(manager.recv(4_096).decode())
-            assert daemon.end() == 0
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, refusing_port() as port:
-        manager.bind("\0" + str(folder / "abstract"))
-        manager.settimeout(PATIENCE)
-        where = "@" + str(folder / "abstract")
-        nowhere = f"host=127.0.0.1 port={port}"
-        with serving(nowhere, ready=False, NOTIFY_SOCKET=where, WATCHDOG_USEC="200000") as daemon:
-            daemon.says("not_ready")
-            assert manager.recv(4_096) == b"READY=1\nSTATUS=takes calls; the database was not reached yet"
-            assert manager.recv(4_096) == b"WATCHDOG=1"
+    """READY at once, with what is the case, signs of life, STOPPING at SIGTERM; while the database is away what waits."""
+    with (
+        Manager(str(folder / "notify")) as manager,
+        serving(database, "--journal", str(folder / "journal"), **manager.environment) as daemon,
+    ):
+        assert manager.hears() == "READY=1"
+        manager.hears_until("STATUS=ready")
+        assert [manager.hears() for _ in range(3)] == ["WATCHDOG=1"] * 3
+        with away(database):
+            manager.hears_until(SINCE + "0 calls wait: .*not currently accepting connections.*")
+            assert daemon.post(turn() + turn()).status == 202
+            manager.hears_until(SINCE + "2 calls wait: .*")
+        manager.hears_until("STATUS=ready")
+        daemon.signal(signal.SIGTERM)
+        manager.hears_until("STOPPING=1")
+        assert daemon.end() == 0
+
+
+def test_manager_of_a_daemon_that_finds_no_database(folder: Path) -> None:
+    """READY is told all the same, at an abstract address too, and why it cannot write."""
+    with (
+        Manager(f"@{folder}/abstract") as manager,
+        refusing_port() as port,
+        serving(f"host=127.0.0.1 port={port}", ready=False, **manager.environment),
+    ):
+        assert manager.hears() == "READY=1"
+        manager.hears_until(SINCE + "0 calls wait: the database was not reached yet")
+        manager.hears_until(SINCE + "0 calls wait: connecting: .*Connection refused.*")
 
 
 # -- the token -------------------------------------------------------------------------------------

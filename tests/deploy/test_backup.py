@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import psycopg
@@ -18,7 +17,7 @@ from tests.daemon.harness import Daemon, serving, turn
 from tests.deploy.guides import Guide
 from tests.digits import Digits
 from tests.faults.harness import Errors, sums, tracking
-from tests.faults.servers import Recording, Stream
+from tests.faults.servers import Calling, Recording, Stream, needing_password
 from tests.helpers import PATIENCE, ledger, wait_until
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
@@ -33,33 +32,19 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.artefact("docs/backup-and-restore.md", "pg_dump", "pg_restore", "psql")
 
 
-class Posts:
-    """Posts calls in a thread of its own, for as long as the block; each has a digit of its own."""
+class Posts(Calling):
+    """Posts calls to a daemon."""
 
     def __init__(self, daemon: Daemon, digits: Digits, name: str) -> None:
+        super().__init__()
         self._daemon, self._digits, self._name = daemon, digits, name
-        self._stop, self._thread = threading.Event(), threading.Thread(target=self._run)
-        self.made = 0
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            names = [f"{self._name}-{self.made // 310}-{number}" for number in range(10)]
-            body = "".join(turn(name, tokens=self._digits.tokens(name)) for name in names)
-            assert self._daemon.post(body).status == 202
-            self.made += 10
-
-    def more(self, calls: int = 50) -> None:
-        """Wait until some more calls were taken."""
-        wanted = self.made + calls
-        wait_until(lambda: self.made >= wanted, "more calls")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def call(self) -> None:
+        """Post ten calls."""
+        names = [f"{self._name}-{self.made // 310}-{number}" for number in range(10)]
+        body = "".join(turn(name, tokens=self._digits.tokens(name)) for name in names)
+        assert self._daemon.post(body).status == 202
+        self.made += 10
 
 
 @pytest.fixture
@@ -77,17 +62,21 @@ def names(postgres: EmbeddedPostgres) -> Iterator[dict[str, str]]:
 def guide(
     postgres: EmbeddedPostgres, database: str, names: dict[str, str], folder: Path, journal: Path
 ) -> Iterator[Guide]:
-    """The guide for *database*."""
+    """The guide for *database*, for a superuser with a password."""
     place = folder / "guide"
     place.mkdir()
     own = str(conninfo_to_dict(database)["dbname"])
     for file, conninfo in {
         "database": database,
         "database.restored": make_conninfo(database, dbname=names["chat_restored"]),
-        "maintenance": postgres.conninfo,
     }.items():
         (place / file).write_text(f"{conninfo}\n")
+    role, password = f"admin_{own}", f"password_of_{own}"
     places = {
+        "host=db.example": f"host=127.0.0.1\nport={postgres.port}",
+        "user=postgres": f"user={role}",
+        "password=SECRET": f"password={password}",
+        "dbname=chat\n": f"dbname={own}\n",
         "/etc/tracker-daemon/": f"{place}/",
         "/var/lib/tracker-daemon/journal": str(journal),
         **names,
@@ -95,8 +84,15 @@ def guide(
         "'chat'": f"'{own}'",
         "RENAME TO chat;": f"RENAME TO {own};",
     }
-    with Guide("backup-and-restore.md", place, postgres.bin_directory, places) as found:
-        yield found
+    with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE ROLE {} SUPERUSER").format(sql.Identifier(role)))
+        with (
+            needing_password(postgres, role, password),
+            Guide("backup-and-restore.md", place, postgres.bin_directory, places) as found,
+        ):
+            yield found
+            assert "pg_dump" in found.arguments
+            assert password not in found.arguments
 
 
 def test_restored_with_a_journal(

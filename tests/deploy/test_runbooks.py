@@ -61,29 +61,6 @@ def test_links() -> None:
     assert [(name, link) for name, link in links if not (FOLDER / link).exists()] == []
 
 
-def test_events_of_the_log() -> None:
-    """Every event that a runbook looks for in the log is one that the code tells."""
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tracker_daemon").rglob("*.py"))
-    told = [
-        event
-        for name in BOOKS
-        for found in re.findall(r"(?:event=|\)\()([a-z_][a-z_|]+)", _text(name))
-        for event in found.split("|")
-    ]
-    assert len(told) > 10
-    assert [event for event in told if f'"{event}"' not in source] == []
-
-
-def test_options() -> None:
-    """Every setting that a runbook names is one of the command line."""
-    files = (ROOT / "tracker_daemon" / f"{name}_command.py" for name in ("serve", "stream"))
-    source = "".join(file.read_text(encoding="utf-8") for file in files)
-    flags = {flag for name in BOOKS for flag in re.findall(r"`(?:--|TRACKER_)([a-zA-Z_-]+)", _text(name))}
-    named = {flag.lower().replace("_", "-").split(" ")[0] for flag in flags}
-    assert named
-    assert [flag for flag in named if f'"--{flag}"' not in source] == []
-
-
 def test_queries(samples: Samples) -> None:
     """Every query names what a daemon with a journal, or a recording rule, has."""
     queries = _every("promql")

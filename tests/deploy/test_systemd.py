@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import socket
+import stat
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
+from tests.daemon.harness import Manager
+from tests.deploy.guides import Guide
 from tests.deploy.tools import DEPLOY, ROOT, run, systemd_analyze
-from tests.helpers import running, wait_until
+from tests.helpers import running
 from tracker_daemon.cli import program
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.artefact("deploy/systemd", "systemd-analyze")
 FOLDER = DEPLOY / "systemd"
@@ -40,6 +39,49 @@ def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     file = tmp_path / f"{request.param}.service"
     file.write_text(UNITS[request.param].replace(command.split()[0], shutil.which("true") or "/bin/true"))
     return file
+
+
+def test_lines_are_short() -> None:
+    """They can be read in a terminal: 120 columns are enough."""
+    lines = [line for file in FOLDER.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_installed_as_the_page_says(empty_database: str, tmp_path: Path) -> None:
+    """The page's commands, in another root: user, files and tables are there, and the units name what was installed."""
+    sysusers = shutil.which("systemd-sysusers")
+    if sysusers is None:
+        pytest.skip("no systemd-sysusers on PATH (Debian: apt-get install systemd)")
+    root, ours = tmp_path / "root", tmp_path / "ours"
+    for place in (ours, *(root / name for name in ("opt", "etc/systemd/system", "usr/local/bin"))):
+        place.mkdir(parents=True)
+    # What is installed into the environment is the page's affair, and pip's; here it is that it goes there.
+    venv = '[ "$1 $2" = "-m venv" ] && mkdir -p "$3/bin" && cp "$(dirname "$0")/pip" "$3/bin/pip"'
+    pip = '[ "$1" = install ] && echo "$2" >"$(dirname "$0")/tracker-daemon"'
+    for name, script in (("python3", venv), ("pip", pip)):
+        (ours / name).write_text(f"#!/bin/sh\n{script}\n")
+        (ours / name).chmod(0o755)
+    places = {f"{name}/": f"{root}{name}/" for name in ("/opt", "/etc", "/usr/local")}
+    places |= {"deploy/systemd/": f"{FOLDER}/", "systemd-sysusers\n": f"{sysusers} --root={root}\n"}
+    with Guide("../deploy/systemd/README.md", tmp_path, ours, places) as guide:
+        guide.step("python3 -m venv")
+        secrets = root / "etc/tracker-daemon"
+        assert {(file.name, stat.S_IMODE(file.stat().st_mode)) for file in secrets.iterdir()} == {
+            (name, 0o600) for name in ("owner", "database", "token")
+        }
+        (secrets / "owner").write_text(empty_database)
+        assert "applied 0001_tables" in guide.step("TRACKER_DATABASE_FILE")
+        guide.step("install")
+    assert "tracker-daemon:" in (root / "etc/passwd").read_text()
+    for unit, text in UNITS.items():
+        assert (root / f"etc/systemd/system/{unit}.service").read_text() == text
+        loaded = [value.partition(":")[2] for value in _values("LoadCredential", unit)]
+        [command] = _values("ExecStart", unit)
+        for file in (*loaded, command.split()[0]):
+            assert Path(f"{root}{file}").exists(), f"{unit}: {file}"
+    extras = (root / "opt/tracker-daemon/bin/tracker-daemon").read_text()
+    assert (root / "usr/local/bin/tracker-daemon").readlink() == root / "opt/tracker-daemon/bin/tracker-daemon"
+    assert extras == ".[daemon,nats]\n"  # what `serve` and `consume` ask for when it is not there
 
 
 def test_verify(unit: Path) -> None:
@@ -100,18 +142,15 @@ def test_its_settings_start_the_daemon(database: str, server_folder: Path) -> No
         for before, after in places.items():
             value = value.replace(before, after)  # noqa: PLW2901
         environment[name] = re.sub(r"(127\.0\.0\.1):\d+", r"\1:0", value)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(place / "notify"))
-        manager.settimeout(60)
-        environment |= {"NOTIFY_SOCKET": str(place / "notify"), "WATCHDOG_USEC": "200000", "PYTHONPATH": str(ROOT)}
+    with Manager(str(place / "notify")) as manager:
+        environment |= {**manager.environment, "PYTHONPATH": str(ROOT)}
         [command] = _values("ExecStart")
         with running([sys.executable, "-m", "tracker_daemon", *command.split()[1:]], environment) as started:
-            assert "READY=1" in manager.recv(1_000).decode().splitlines()
-            wait_until(lambda: manager.recv(1_000) == b"STATUS=ready", "STATUS=ready")
-            assert manager.recv(1_000) == b"WATCHDOG=1"
-            assert manager.recv(1_000) == b"WATCHDOG=1"
+            assert manager.hears() == "READY=1"
+            manager.hears_until("STATUS=ready")
+            assert [manager.hears(), manager.hears()] == ["WATCHDOG=1"] * 2
             assert (place / "tracker.sock").is_socket()
             assert (place / "journal").is_dir()
             started.process.terminate()
-            wait_until(lambda: manager.recv(1_000) == b"STOPPING=1", "STOPPING=1")
+            manager.hears_until("STOPPING=1")
             assert started.end().returncode == 0, started.errors

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from tests.helpers import query, wait_until
 from tracker_daemon.embedded import EmbeddedPostgres
@@ -49,6 +51,33 @@ def server(folder: Path, **settings: str) -> Iterator[EmbeddedPostgres]:
         yield running
     finally:
         running.stop("immediate")
+
+
+# -- a role that needs a password ------------------------------------------------------------------
+
+
+@contextmanager
+def needing_password(server: EmbeddedPostgres, name: str, password: str) -> Iterator[None]:
+    """Have the server ask the role *name*, which is there, for *password*, over TCP."""
+    rules = server.directory / "data" / "pg_hba.conf"
+    before = rules.read_text()
+    role = sql.Identifier(name)
+    with psycopg.connect(server.conninfo, autocommit=True) as admin:
+        admin.execute(sql.SQL("ALTER ROLE {} LOGIN PASSWORD {}").format(role, password))
+        rules.write_text(f"host all {name} 127.0.0.1/32 scram-sha-256\n{before}")
+        admin.execute("SELECT pg_reload_conf()")
+        wait_until(lambda: _wants_password(make_conninfo(server.tcp_conninfo, user=name)), "the new rule")
+        yield
+        rules.write_text(before)
+        admin.execute("SELECT pg_reload_conf()")
+
+
+def _wants_password(conninfo: str) -> bool:
+    try:
+        psycopg.connect(conninfo).close()
+    except psycopg.OperationalError as error:
+        return "password" in str(error)
+    return False
 
 
 # -- a primary and its standby ---------------------------------------------------------------------
@@ -138,25 +167,23 @@ def stands_still(pid: int) -> bool:
 # -- calls, and what became of them ----------------------------------------------------------------
 
 
-class Stream:
+class Calling:
     """Makes calls in a thread of its own, for as long as the block: what breaks then breaks under load.
 
-    Every call's tokens are a digit of their own; the calls go round over *threads* threads, then over new ones.
+    Every call's tokens are a digit of their own.
     """
 
-    def __init__(self, tracker: Tracker, digits: Digits, threads: int = 40, name: str = "s") -> None:
-        self._tracker, self._digits, self._threads, self._name = tracker, digits, threads, name
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="calls")
+    def __init__(self) -> None:
+        self._stop, self._thread = threading.Event(), threading.Thread(target=self._run, name="calls")
         self.made = 0
 
+    def call(self) -> None:
+        """Make some calls, and count them in `made`."""
+        raise NotImplementedError
+
     def _run(self) -> None:
-        while not self._stop.is_set():
-            round_, place = divmod(self.made, self._threads)
-            thread_id = f"{self._name}-{round_ // 31}-{place}"
-            assert self._tracker.record_turn(thread_id, "agent", self._digits.tokens(thread_id))
-            self.made += 1
-            self._stop.wait(0.0005)
+        while not self._stop.wait(0.0005):
+            self.call()
 
     def more(self, calls: int = 20) -> None:
         """Wait until some more calls were made."""
@@ -170,6 +197,21 @@ class Stream:
     def __exit__(self, *exc_info: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+class Stream(Calling):
+    """Calls a tracker; they go round over *threads* threads, then over new ones."""
+
+    def __init__(self, tracker: Tracker, digits: Digits, threads: int = 40, name: str = "s") -> None:
+        super().__init__()
+        self._tracker, self._digits, self._threads, self._name = tracker, digits, threads, name
+
+    def call(self) -> None:
+        """Make one call."""
+        round_, place = divmod(self.made, self._threads)
+        thread_id = f"{self._name}-{round_ // 31}-{place}"
+        assert self._tracker.record_turn(thread_id, "agent", self._digits.tokens(thread_id))
+        self.made += 1
 
 
 class Recording:

@@ -16,7 +16,7 @@ from tests.conftest import run_migrate
 from tests.digits import Digits
 from tests.faults.harness import Errors, outcome, sums, tracking
 from tests.faults.proxy import Blackhole, Cut, Delay, FaultProxy
-from tests.faults.servers import Stream, folder_for_servers, server, stopped
+from tests.faults.servers import Stream, folder_for_servers, needing_password, server, stopped
 from tests.helpers import PATIENCE, command, ledger, query, refusing_port, running, wait_until
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
@@ -285,27 +285,12 @@ def role(postgres: EmbeddedPostgres, admin: psycopg.Connection[Any]) -> Iterator
     """A role that needs a password ("first"), over TCP."""
     name = f"app_{admin.info.dbname}"
     identifier = sql.Identifier(name)
-    admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'first'").format(identifier))
+    admin.execute(sql.SQL("CREATE ROLE {}").format(identifier))
     admin.execute(sql.SQL("GRANT ALL ON ALL TABLES IN SCHEMA public TO {}").format(identifier))
-    rules = postgres.directory / "data" / "pg_hba.conf"
-    before = rules.read_text()
-    rules.write_text(f"host all {name} 127.0.0.1/32 scram-sha-256\n{before}")
-    admin.execute("SELECT pg_reload_conf()")
-    wait_until(lambda: refused(make_conninfo(postgres.tcp_conninfo, user=name)), "the new rule")
-    yield name
-    rules.write_text(before)
-    admin.execute("SELECT pg_reload_conf()")
+    with needing_password(postgres, name, "first"):
+        yield name
     admin.execute(sql.SQL("DROP OWNED BY {}").format(identifier))
     admin.execute(sql.SQL("DROP ROLE {}").format(identifier))
-
-
-def refused(conninfo: str) -> bool:
-    """Say whether the server wants a password."""
-    try:
-        psycopg.connect(conninfo).close()
-    except psycopg.OperationalError as error:
-        return "password" in str(error)
-    return False
 
 
 @pytest.mark.parametrize("way", ["passfile", "conninfo", "pool's conninfo", "pool's kwargs"])

@@ -12,19 +12,15 @@ Exit status 0: nothing missing, nothing doubled, and each kind of trouble was re
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import psycopg
@@ -32,8 +28,8 @@ from prometheus_client import CollectorRegistry
 
 from tests.conftest import run_migrate
 from tests.daemon.harness import ROOT
-from tests.daemon.kills import Worker
-from tests.digits import CALLS_PER_THREAD, Digits, Verdict
+from tests.daemon.kills import Worker, main, sums_of
+from tests.digits import CALLS_PER_THREAD, Digits, Verdict, of_lives
 from tests.helpers import wait_until
 from tests.stream.cluster import Cluster
 from tracker_daemon import Tracker
@@ -46,6 +42,7 @@ from tracker_daemon.stream.sink import NatsSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
     from uuid import UUID
 
     from tracker_daemon.stream.messages import Message
@@ -207,8 +204,7 @@ class Kills:
             calls += 1
 
     def _sums(self) -> dict[str, int]:
-        with psycopg.connect(self._postgres.conninfo) as connection:
-            return dict(connection.execute("SELECT thread_id, total_tokens::bigint FROM conversations").fetchall())
+        return sums_of(self._postgres.conninfo)
 
     def _of_worker(self, thread_id: str) -> bool:
         return thread_id.startswith("w")
@@ -290,17 +286,7 @@ class Kills:
                 yield name, calls, {calls} if killed else set()
 
     def _of_workers(self) -> tuple[list[str], list[str], int]:
-        found, missing, doubled, once = self._sums(), list[str](), list[str](), 0
-        for name, calls, maybe in self._made():
-            for number in range(calls + 1):
-                group, place = divmod(number, CALLS_PER_THREAD)
-                digit = found.get(f"{name}.{group}", 0) // 4**place % 4
-                once += digit == 1
-                if digit > 1 or (number == calls and number not in maybe and digit):
-                    doubled.append(f"{name} {number} of {calls}")
-                elif digit == 0 and number < calls and number not in maybe:
-                    missing.append(f"{name} {number} of {calls}")
-        return missing, doubled, once
+        return of_lives(self._sums(), self._made())
 
     def _missing_of_workers(self) -> list[str]:
         return self._of_workers()[0]
@@ -328,20 +314,5 @@ class Kills:
         return verdict.exact and not missing and not doubled and verdict.once > 0 and once > 0
 
 
-def main() -> int:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    arguments: Any = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="trk-"))
-    folder.chmod(0o755)
-    print(f"seed {arguments.seed}")  # noqa: T201
-    try:
-        return 0 if Kills(folder, arguments.seconds, arguments.seed).run() else 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Kills))

@@ -19,7 +19,8 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.helpers import listens, query, wait_until
+from tests.daemon.harness import Manager, socket_folder
+from tests.helpers import away, listens, query, running, wait_until
 from tests.stream.harness import Consuming
 from tests.stream.test_consumer import publish
 from tests.stream.test_sink import uuid4
@@ -147,3 +148,20 @@ def test_consume(stream: str, database: str) -> None:
             _, log = process.communicate()
     assert "partition_claimed" in log
     assert query(database, "SELECT count(*) FROM tracker_partitions WHERE owner IS NOT NULL") == [(0,)]
+
+
+def test_manager_of_a_consumer(stream: str, database: str) -> None:
+    """Systemd is told READY at once, since when it is not ready and what waits, that it is, and that it ends."""
+    since = r"STATUS=not ready since [\d-]+ [\d:]+ UTC, "
+    with socket_folder() as folder, Manager(str(folder / "notify")) as manager:
+        command = [sys.executable, "-m", "tracker_daemon", "consume", "--database", database, "--stream", stream]
+        with running(command, manager.environment) as consumer:
+            assert manager.hears() == "READY=1"
+            manager.hears_until(since + "0 messages wait: the stream was not reached yet")
+            manager.hears_until("STATUS=ready")
+            with away(database):
+                manager.hears_until(since + "0 messages wait: .*not currently accepting connections.*")
+            manager.hears_until("STATUS=ready")
+            consumer.process.terminate()
+            manager.hears_until("STOPPING=1")
+            assert consumer.end().returncode == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 from prometheus_client.exposition import choose_encoder
@@ -31,15 +31,14 @@ from tracker_daemon.sink import LedgerMissing
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from prometheus_client.registry import CollectorRegistry
     from starlette.requests import Request
     from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from tracker_daemon.batch import Batch
     from tracker_daemon.daemon.admission import Admission
-    from tracker_daemon.daemon.history import Status
     from tracker_daemon.daemon.service import Service
+    from tracker_daemon.daemon.watched import Watched
     from tracker_daemon.generation import Record
     from tracker_daemon.sink import Applied
 
@@ -83,7 +82,7 @@ def make_app(service: Service) -> ASGIApp:
     return _Policy(Starlette(routes=routes, exception_handlers=_HANDLERS))
 
 
-def make_pages(service: Shown) -> ASGIApp:
+def make_pages(service: Watched) -> ASGIApp:
     """Return the application that only shows *service*: numbers, state, status page."""
     return _Policy(Starlette(routes=_Pages(service).for_operators(), exception_handlers=_HANDLERS))
 
@@ -120,31 +119,8 @@ class _Policy:
         await self._app(scope, receive, guarded)
 
 
-class Shown(Protocol):
-    """What operators may look at."""
-
-    @property
-    def state(self) -> str:
-        """Whether it works."""
-        ...
-
-    @property
-    def reason(self) -> str | None:
-        """Why not, or `None`."""
-        ...
-
-    @property
-    def registry(self) -> CollectorRegistry:
-        """What `/metrics` shows."""
-        ...
-
-    def status(self, since: str | None) -> Status:
-        """Return the status page's document."""
-        ...
-
-
 class _Pages:
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: Watched) -> None:
         self._shown = shown
         self._page = PAGE / "index.html"
 

@@ -21,7 +21,7 @@ from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.app import make_pages
 from tracker_daemon.daemon.consuming import ConsumerService
 from tracker_daemon.daemon.log import log_to_stderr
-from tracker_daemon.daemon.notify import notify, watchdog_seconds
+from tracker_daemon.daemon.notify import notify, tell_manager
 from tracker_daemon.daemon.options import Options, group_id
 from tracker_daemon.daemon.process import LAST_ANSWERS, bind_all, make_server, removed_at_end
 from tracker_daemon.errors import ConfigError
@@ -155,8 +155,8 @@ class _Consume:
             served = anyio.Event()
             if self._server is not None:
                 tasks.start_soon(self._serve, served)
-            tasks.start_soon(self._service.run)
-            tasks.start_soon(self._tell_manager)
+            tasks.start_soon(self._service.sample)
+            tasks.start_soon(tell_manager, self._service)
             self._log.info(
                 "consuming",
                 stream=self._plan.stream.name,
@@ -192,14 +192,3 @@ class _Consume:
     def _hurry(self) -> None:
         self._log.warning("cut_short", after=self._plan.shutdown_timeout)
         self._consumer.hurry()
-
-    async def _tell_manager(self) -> None:
-        notify("READY=1\nSTATUS=waits for the stream and the database")
-        seconds, ready = watchdog_seconds(), False
-        while seconds is not None or not ready:
-            if not ready and self._service.state == "ready":
-                ready = True
-                notify("STATUS=ready")
-            if seconds is not None:
-                notify("WATCHDOG=1")
-            await anyio.sleep(0.2 if seconds is None else seconds if ready else min(seconds, 0.2))

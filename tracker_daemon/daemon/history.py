@@ -107,8 +107,8 @@ said, cut at some hundred characters. It comes from outside and may hold anythin
 Setting: TypeAlias = "str | int | float | bool | list[str] | None"
 
 
-class Status(TypedDict):
-    """What `GET /status.json` answers."""
+class General(TypedDict):
+    """What `Status` has of a daemon and of a consumer alike."""
 
     version: str
     now: float
@@ -121,16 +121,21 @@ class Status(TypedDict):
     totals: Totals
     queue_limit: int
     """Threads with uncommitted change that may be held."""
+    errors: list[Error]
+    """Newest first, at most 50. Equal ones are shown as one."""
+    config: dict[str, Setting]
+    """By name of the option. No secret gets here: the page shows all of it."""
+
+
+class Status(General):
+    """What `GET /status.json` answers."""
+
     ledger: Ledger
     journal: Journal | None
     clients: int
     """Connections that are open now."""
-    errors: list[Error]
-    """Newest first, at most 50. Equal ones are shown as one."""
     stream: list[StreamPartition] | None
     """Of a consumer, its stream's partitions; the ledger is then of no one, and there is no journal."""
-    config: dict[str, Setting]
-    """By name of the option. No secret gets here: the page shows all of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,43 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import anyio
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tracker_daemon.daemon.watched import Watched
+
+_LOOK: Final = 1.0
+
+
+async def tell_manager(watched: Watched) -> None:
+    """Tell the manager READY, then what is the case whenever that changes, and signs of life, until cancelled.
+
+    READY is told at once, be the database there or not: calls are taken, and what starts after this need not wait.
+    """
+    if not os.environ.get("NOTIFY_SOCKET"):
+        return
+    watchdog, told, since = watchdog_seconds(), "", None
+    notify("READY=1")
+    while True:
+        fault = watched.fault
+        since = None if fault is None else since or datetime.fromtimestamp(watched.clock.wall(), UTC)
+        if watched.draining:
+            status = f"draining, {watched.waiting}"
+        elif since is None:
+            status = "ready"
+        else:
+            status = f"not ready since {since:%F %T} UTC, {watched.waiting}: {fault}"
+        if status != told:
+            told = status
+            notify(f"STATUS={status}")
+        if watchdog is not None:
+            notify("WATCHDOG=1")
+        await anyio.sleep(_LOOK if watchdog is None else min(watchdog, _LOOK))
 
 
 def notify(state: str, environment: Mapping[str, str] = os.environ) -> bool:

@@ -22,7 +22,7 @@ import uvicorn
 
 from tracker_daemon.daemon.app import make_app
 from tracker_daemon.daemon.connections import bounded
-from tracker_daemon.daemon.notify import notify, watchdog_seconds
+from tracker_daemon.daemon.notify import notify, tell_manager
 from tracker_daemon.errors import ConfigError
 from tracker_daemon.logs import get_logger
 
@@ -201,7 +201,7 @@ class Process:
         async with self._service.tracker, anyio.create_task_group() as tasks:
             tasks.start_soon(self._serve)
             tasks.start_soon(self._service.run)
-            tasks.start_soon(self._tell_manager)
+            tasks.start_soon(tell_manager, self._service)
             self._log.info("listening", addresses=", ".join(map(str, self._service.options.listen)), pid=os.getpid())
             await self._stop.wait()
             status = await self._drain()
@@ -267,18 +267,3 @@ class Process:
             lost=report.lost,
         )
         return 1 if report.lost else 0
-
-    async def _tell_manager(self) -> None:
-        # Calls are taken from here on, be the database there or not: what starts after this need not wait for it.
-        notify("READY=1\nSTATUS=takes calls; the database was not reached yet")
-        seconds = watchdog_seconds()
-        if seconds is None:
-            await self._service.became_ready.wait()
-        while not self._service.became_ready.is_set():
-            with anyio.move_on_after(seconds):
-                await self._service.became_ready.wait()
-            notify("WATCHDOG=1")
-        notify("STATUS=ready")
-        while seconds is not None:
-            notify("WATCHDOG=1")
-            await anyio.sleep(seconds)

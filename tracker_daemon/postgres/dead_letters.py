@@ -142,6 +142,9 @@ async def retry(session: Session, thread_id: str | None) -> tuple[int, list[Stor
     """Merge the letters of one thread, or of all, each in a transaction of its own; return how many, and the others.
 
     A letter that is refused again stays, with the new reason.
+
+    Raises:
+        psycopg.Error: the connection is lost, or this role may not do it: that is no reason of a letter's.
     """
     applied, refused = 0, list[StoredLetter]()
     for letter in await stored(session, thread_id):
@@ -157,7 +160,10 @@ async def retry(session: Session, thread_id: str | None) -> tuple[int, list[Stor
                 if taken is not None:
                     await cursor.execute(session.statements["merge_arrays"], encoding.arrays([from_json(taken[0])]))
         except psycopg.Error as error:
-            if session.connection.broken:
+            lacks_a_right = (
+                isinstance(error, psycopg.errors.InsufficientPrivilege) and faults.kind_of(error) == "schema"
+            )
+            if session.connection.broken or lacks_a_right:
                 raise
             state, text = error.sqlstate or "", _storable(session, " ".join(str(error).split()))
             refused.append(replace(letter, sqlstate=state, error=text))
