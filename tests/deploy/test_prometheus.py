@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +26,18 @@ def _read(name: str) -> Any:
 
 RULES = [rule for group in _read("rules.yml")["groups"] for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
-RECORDED = {rule["record"] for rule in RULES if "record" in rule}
+STATED = {rule["record"] for group in _read("stream.yml")["groups"] for rule in group["rules"]}
+"""What a rule file of its own says that there must be."""
+
+RECORDED = {rule["record"] for rule in RULES if "record" in rule} | STATED
 
 
-def test_rules() -> None:
+@pytest.mark.parametrize(("name", "count"), [("rules.yml", len(RULES)), ("stream.yml", len(STATED))])
+def test_rules(name: str, count: int) -> None:
     """Prometheus takes the rules, and no rule stands there twice."""
-    got = run(promtool(), "check", "rules", "--lint-fatal", FOLDER / "rules.yml")
+    got = run(promtool(), "check", "rules", "--lint-fatal", FOLDER / name)
     assert got.returncode == 0, got.stdout
-    assert f"{len(RULES)} rules found" in got.stdout
+    assert f"{count} rules found" in got.stdout
 
 
 def test_units() -> None:
@@ -49,7 +55,12 @@ def test_every_alert_is_tested_both_ways() -> None:
         valued |= {name for each in test.get("promql_expr_test", ()) for name in names(each["expr"])}
     assert fires == silent == set(ALERTS)
     # The usage is seen by the alert on it, in per cent.
-    assert valued == RECORDED - {"instance:tracker_queue_usage:ratio"}
+    assert valued == RECORDED - STATED - {"instance:tracker_queue_usage:ratio"}
+
+
+def test_what_is_stated_is_read() -> None:
+    """An alert asks for what the rules beside them state."""
+    assert {name for rule in RULES for name in names(rule["expr"])} >= STATED
 
 
 def test_groups_are_evaluated_in_order() -> None:
@@ -99,6 +110,18 @@ def test_shape_of_an_alert(name: str) -> None:
     assert set(alert["annotations"]) == {"summary", "runbook_url"}
     assert alert["annotations"]["runbook_url"] == f"deploy/runbooks/{name}.md"
     assert (ROOT / alert["annotations"]["runbook_url"]).is_file()
+
+
+def test_runbooks_have_an_address() -> None:
+    """The command in the rules' own comment leads every alert to its runbook in a copy of the repository."""
+    text = (FOLDER / "rules.yml").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^# +(sed .*) rules\.yml > \S+$", text, re.MULTILINE)
+    got = run(*shlex.split(command), FOLDER / "rules.yml")
+    assert got.returncode == 0, got.stdout
+    alerts = [rule for group in yaml.safe_load(got.stdout)["groups"] for rule in group["rules"] if "alert" in rule]
+    assert [rule["annotations"]["runbook_url"] for rule in alerts] == [
+        f"https://HOST/PATH/deploy/runbooks/{name}.md" for name in ALERTS
+    ]
 
 
 def test_every_alert_is_told() -> None:
