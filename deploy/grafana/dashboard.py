@@ -229,7 +229,7 @@ def _journal() -> list[TimeSeries]:
 
 _STREAM_AGE = (
     "time() - (tracker_stream_oldest_unapplied_timestamp_seconds{WHO} > 0)"
-    " or tracker_stream_oldest_unapplied_timestamp_seconds{WHO}"
+    " or tracker_stream_oldest_unapplied_timestamp_seconds{WHO} * 0"
 )
 
 
