@@ -2,8 +2,9 @@
 
     python deploy/grafana/demo_run.py --output docs/dashboard.png      (or: make dashboard-picture)
 
-Needs the extras `dev` (for `nats-server`) and `deploy`, and `prometheus` on PATH. Everything listens on the loopback, in
-a temporary folder, and is ended at the end. `draw.py` draws the picture; `--data FILE` keeps what Prometheus answered.
+Needs the extras `dev` (for `nats-server`) and `deploy`, and `prometheus` on PATH. Everything listens on the loopback,
+in a temporary folder, and is ended at the end. `draw.py` draws the picture; `--data FILE` keeps what Prometheus
+answered.
 """
 
 from __future__ import annotations
