@@ -29,6 +29,7 @@ ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 STATED = {rule["record"] for group in _read("stream.yml")["groups"] for rule in group["rules"]}
 """What a rule file of its own says that there must be."""
 
+UNITS = sorted(f"tests/{path.name}" for path in (FOLDER / "tests").glob("*.yml"))
 RECORDED = {rule["record"] for rule in RULES if "record" in rule} | STATED
 
 
@@ -40,16 +41,17 @@ def test_rules(name: str, count: int) -> None:
     assert f"{count} rules found" in got.stdout
 
 
-def test_units() -> None:
-    """Every alert fires when it should, and not when it should not, across restarts as well."""
-    got = run(promtool(), "test", "rules", FOLDER / "rules_test.yml")
+@pytest.mark.parametrize("name", UNITS)
+def test_units(name: str) -> None:
+    """Every alert fires when it should, and not when it should not, across restarts and gaps as well."""
+    got = run(promtool(), "test", "rules", FOLDER / name)
     assert got.returncode == 0, got.stdout
 
 
 def test_every_alert_is_tested_both_ways() -> None:
     """No alert without an instant at which it fires and one at which it does not; no recording without a value."""
     fires, silent, valued = set[str](), set[str](), set[str]()
-    for test in _read("rules_test.yml")["tests"]:
+    for test in [test for name in UNITS for test in _read(name)["tests"]]:
         for each in test.get("alert_rule_test", ()):
             (fires if each.get("exp_alerts") else silent).add(each["alertname"])
         valued |= {name for each in test.get("promql_expr_test", ()) for name in names(each["expr"])}
@@ -63,9 +65,10 @@ def test_what_is_stated_is_read() -> None:
     assert {name for rule in RULES for name in names(rule["expr"])} >= STATED
 
 
-def test_groups_are_evaluated_in_order() -> None:
+@pytest.mark.parametrize("name", UNITS)
+def test_groups_are_evaluated_in_order(name: str) -> None:
     """The unit tests name the order of the groups: promtool takes any where none is named, and their results differ."""
-    assert _read("rules_test.yml")["group_eval_order"] == [group["name"] for group in _read("rules.yml")["groups"]]
+    assert _read(name)["group_eval_order"] == [group["name"] for group in _read("rules.yml")["groups"]]
 
 
 def test_example_configuration() -> None:
