@@ -69,7 +69,7 @@ requirements: .venv/deploy-tools  ## the image's pins, anew from pyproject.toml
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 		| $(COMPILE) --output-file deploy/requirements-build.txt -
 
-deploy-files: .venv/installed  ## what deploy/kubernetes and deploy/helm have from deploy/prometheus
+deploy-files: .venv/installed  ## what Kubernetes and Helm have from deploy/prometheus
 	$(BIN)/python deploy/kubernetes/make_rules.py
 
 lint: .venv/installed  ## ruff: lint and format

@@ -14,28 +14,15 @@ import sys
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
-from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import dashboard as builders
-from grafana_foundation_sdk.builders.prometheus import Dataquery
-from grafana_foundation_sdk.builders.stat import Panel as Stat
-from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models import common
-from grafana_foundation_sdk.models.dashboard import (
-    DashboardCursorSync,
-    DataSourceRef,
-    Threshold,
-    ThresholdsMode,
-    VariableRefresh,
-    VariableSort,
-)
+from grafana_foundation_sdk.models.dashboard import DashboardCursorSync
+from panels import COLUMNS, WIDTH, chart, number, variable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from grafana_foundation_sdk.builders.stat import Panel as Stat
+    from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
 
-_SOURCE: Final = DataSourceRef(type_val="prometheus", uid="$datasource")
-_WHO: Final = 'job=~"$job", instance=~"$instance"'
-_COLUMNS, _WIDTH, _HEIGHT = 24, 8, 8
 # Times 0, which it is there: so that the name goes, and an instance is one series.
 _AGE: Final = (
     "time() - (tracker_oldest_pending_timestamp_seconds{WHO} > 0) or tracker_oldest_pending_timestamp_seconds{WHO} * 0"
@@ -46,106 +33,43 @@ def _ratio(above: str, below: str) -> str:
     return f"sum(rate({above}{{WHO}}[$__rate_interval])) / sum(rate({below}{{WHO}}[$__rate_interval]))"
 
 
-def _query(text: str, legend: str, number: int) -> Dataquery:
-    """Return a query; in *text* `WHO` stands for the chosen processes."""
-    query = Dataquery().expr(text.replace("WHO", _WHO)).legend_format(legend).ref_id(chr(ord("A") + number))
-    return query.datasource(_SOURCE)
-
-
-def _chart(title: str, unit: str, description: str, *queries: tuple[str, str], stacked: bool = False) -> TimeSeries:
-    panel = (
-        TimeSeries()
-        .title(title)
-        .description(description)
-        .datasource(_SOURCE)
-        .unit(unit)
-        .min(0)
-        .span(_WIDTH)
-        .height(_HEIGHT)
-        .line_width(1)
-        .fill_opacity(30 if stacked else 8)
-        .show_points(common.VisibilityMode.NEVER)
-        .tooltip(common_builders.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI))
-        .legend(
-            common_builders.VizLegendOptions().show_legend(show_legend=True).placement(common.LegendPlacement.BOTTOM)
-        )
-    )
-    if stacked:
-        panel = panel.stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL))
-    for number, (text, legend) in enumerate(queries):
-        panel = panel.with_target(_query(text, legend, number))
-    return panel
-
-
-def _number(title: str, unit: str, description: str, text: str, *, limits: Sequence[tuple[float, str]] = ()) -> Stat:
-    """Return one large number, green below the first of *limits*, then coloured as they say."""
-    steps = [Threshold(None, "green"), *(Threshold(value, color) for value, color in limits)]
-    return (
-        Stat()
-        .title(title)
-        .description(description)
-        .datasource(_SOURCE)
-        .unit(unit)
-        .span(4)
-        .height(4)
-        .thresholds(builders.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
-        .color_mode(common.BigValueColorMode.VALUE)
-        .graph_mode(common.BigValueGraphMode.AREA)
-        .reduce_options(common_builders.ReduceDataOptions().calcs(["lastNotNull"]))
-        .with_target(_query(text, "", 0))
-    )
-
-
-def _variable(name: str, label: str, query: str) -> builders.QueryVariable:
-    return (
-        builders.QueryVariable(name)
-        .label(label)
-        .datasource(_SOURCE)
-        .query(query)
-        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .sort(VariableSort.ALPHABETICAL_ASC)
-        .multi(multi=True)
-        .include_all(include_all=True)
-    )
-
-
 def _numbers() -> list[Stat]:
     bad = [(1.0, "red")]
     return [
-        _number(
+        number(
             "Calls a second",
             "cps",
             "Calls accepted, by all processes together.",
             "sum(rate(tracker_calls_accepted_total{WHO}[$__rate_interval]))",
         ),
-        _number(
+        number(
             "Pending calls",
             "short",
             "Accepted and not yet committed.",
             "sum(tracker_queue_calls{WHO})",
         ),
-        _number(
+        number(
             "Oldest pending",
             "s",
             "How long the oldest call waits for its commit. A window (flush_interval) and a flush are normal.",
             "max(time() - (tracker_oldest_pending_timestamp_seconds{WHO} > 0)) or vector(0)",
             limits=[(10.0, "orange"), (60.0, "red")],
         ),
-        _number(
+        number(
             "Lost calls",
             "short",
             "Accepted and not kept, within the time shown.",
             "sum(increase(tracker_calls_lost_total{WHO}[$__range]))",
             limits=bad,
         ),
-        _number(
+        number(
             "Refused calls",
             "short",
             "Not taken because a bound, or a client's share of it, was reached; within the time shown.",
             'sum(increase(tracker_calls_rejected_total{WHO, reason=~"full|share"}[$__range]))',
             limits=bad,
         ),
-        _number(
+        number(
             "Dead letters",
             "short",
             "Calls in deltas that the database will never take, within the time shown; they are in "
@@ -158,21 +82,21 @@ def _numbers() -> list[Stat]:
 
 def _calls() -> list[TimeSeries]:
     return [
-        _chart(
+        chart(
             "Calls accepted",
             "cps",
             "By kind of call.",
             ("sum by (call) (rate(tracker_calls_accepted_total{WHO}[$__rate_interval]))", "{{call}}"),
             stacked=True,
         ),
-        _chart(
+        chart(
             "Accepted and applied",
             "cps",
             "Applied follows accepted by a window and a flush; what stays between them is pending.",
             ("sum(rate(tracker_calls_accepted_total{WHO}[$__rate_interval]))", "accepted"),
             ("sum(rate(tracker_calls_applied_total{WHO}[$__rate_interval]))", "applied"),
         ),
-        _chart(
+        chart(
             "Calls that did not get through",
             "cps",
             "Refused: the caller knows; of requests to a daemon, by status, the calls are not known. "
@@ -188,7 +112,7 @@ def _calls() -> list[TimeSeries]:
                 "dead letter: {{reason}}",
             ),
         ),
-        _chart(
+        chart(
             "Requests refused",
             "reqps",
             "By a daemon, by status. 429: one client has too much under way; 503: the daemon has, or it is ending.",
@@ -199,25 +123,25 @@ def _calls() -> list[TimeSeries]:
 
 def _queue() -> list[TimeSeries]:
     return [
-        _chart(
+        chart(
             "Threads with uncommitted change",
             "short",
             "The bound is on threads, not on calls. With a journal windows wait in files, and none is refused.",
             ("tracker_queue_depth{WHO}", "{{instance}}"),
         ),
-        _chart(
+        chart(
             "Pending calls",
             "short",
             "Accepted and neither applied, dead-lettered nor lost.",
             ("tracker_queue_calls{WHO}", "{{instance}}"),
         ),
-        _chart(
+        chart(
             "Oldest pending call",
             "s",
             "Grows by a second a second while nothing is committed.",
             (_AGE, "{{instance}}"),
         ),
-        _chart(
+        chart(
             "How full",
             "percentunit",
             "Threads of max_pending, at which new threads are refused; with a journal its files of their quota count.",
@@ -234,23 +158,23 @@ def _quantiles(metric: str) -> list[tuple[str, str]]:
 
 def _flush() -> list[TimeSeries]:
     return [
-        _chart(
+        chart(
             "Commit lag",
             "s",
             "From the oldest call of a batch to its commit: how far a reader of the table is behind.",
             *_quantiles("tracker_commit_lag_seconds"),
         ),
-        _chart(
+        chart(
             "Flush duration", "s", "One transaction, begin to commit.", *_quantiles("tracker_flush_duration_seconds")
         ),
-        _chart(
+        chart(
             "Threads in a flush",
             "short",
             "Rows a transaction inserts or updates, on average, and calls that each of them stands for.",
             (_ratio("tracker_flush_rows_sum", "tracker_flush_rows_count"), "threads a flush"),
             (_ratio("tracker_calls_applied_total", "tracker_flush_rows_sum"), "calls a row"),
         ),
-        _chart(
+        chart(
             "Flushes by outcome",
             "ops",
             "duplicate: found applied already, after an answer that was lost. retry: tried again soon. "
@@ -258,14 +182,14 @@ def _flush() -> list[TimeSeries]:
             ("sum by (outcome) (rate(tracker_flushes_total{WHO}[$__rate_interval]))", "{{outcome}}"),
             stacked=True,
         ),
-        _chart(
+        chart(
             "Errors of the database",
             "ops",
             "By class. readonly, auth and schema do not pass by themselves.",
             ("sum by (class) (rate(tracker_database_errors_total{WHO}[$__rate_interval]))", "{{class}}"),
             stacked=True,
         ),
-        _chart(
+        chart(
             "Ledger",
             "short",
             "Regressions: the database forgot commits. Fenced: a process that may not write any more. Rows skipped: "
@@ -279,21 +203,21 @@ def _flush() -> list[TimeSeries]:
 
 def _journal() -> list[TimeSeries]:
     return [
-        _chart(
+        chart(
             "Journal",
             "bytes",
             "Up to a quarter of the quota is windows that are applied and kept for a database that forgets them.",
             ("tracker_journal_bytes{WHO}", "{{instance}}"),
         ),
-        _chart(
+        chart(
             "Trouble with the journal",
             "short",
             "Degraded: calls are held in memory alone.",
             ("tracker_journal_degraded{WHO}", "degraded {{instance}}"),
             ("sum by (op) (increase(tracker_journal_errors_total{WHO}[$__rate_interval]))", "errors: {{op}}"),
         ),
-        _chart("fsync", "s", "One fsync of the journal.", *_quantiles("tracker_journal_fsync_duration_seconds")),
-        _chart(
+        chart("fsync", "s", "One fsync of the journal.", *_quantiles("tracker_journal_fsync_duration_seconds")),
+        chart(
             "Calls applied from the journal",
             "short",
             "Recovered: accepted by an earlier process. Replayed: the database had forgotten them.",
@@ -305,26 +229,26 @@ def _journal() -> list[TimeSeries]:
 
 _STREAM_AGE = (
     "time() - (tracker_stream_oldest_unapplied_timestamp_seconds{WHO} > 0)"
-    " or tracker_stream_oldest_unapplied_timestamp_seconds{WHO}"
+    " or tracker_stream_oldest_unapplied_timestamp_seconds{WHO} * 0"
 )
 
 
 def _stream() -> list[TimeSeries]:
     return [
-        _chart(
+        chart(
             "Behind in the stream",
             "s",
             "How long the oldest message waits that is not applied, by partition.",
             (_STREAM_AGE, "partition {{partition}} {{instance}}"),
         ),
-        _chart(
+        chart(
             "Messages not applied",
             "short",
             "By partition, and how many are applied a second.",
             ("tracker_stream_lag_messages{WHO}", "partition {{partition}} {{instance}}"),
             ("rate(tracker_stream_position{WHO}[$__rate_interval])", "applied a second: {{partition}} {{instance}}"),
         ),
-        _chart(
+        chart(
             "How full the stream is",
             "percentunit",
             "Of max_bytes; at 1 publishers wait. From a half on what is applied is purged at once.",
@@ -333,7 +257,7 @@ def _stream() -> list[TimeSeries]:
                 "partition {{partition}} {{instance}}",
             ),
         ),
-        _chart(
+        chart(
             "Who reads",
             "short",
             "Partitions read by each consumer, of all; those that do not go on; consumers that share them.",
@@ -342,7 +266,7 @@ def _stream() -> list[TimeSeries]:
             ("max(tracker_stream_partitions{WHO})", "partitions"),
             ("max(tracker_stream_consumers{WHO})", "consumers"),
         ),
-        _chart(
+        chart(
             "Through the stream",
             "ops",
             "Deltas in messages before they are summed, and messages; duplicates were published twice, unreadable ones "
@@ -357,14 +281,14 @@ def _stream() -> list[TimeSeries]:
 
 def _process() -> list[TimeSeries]:
     return [
-        _chart(
+        chart(
             "CPU",
             "percentunit",
             "Of one core.",
             ("rate(process_cpu_seconds_total{WHO}[$__rate_interval])", "{{instance}}"),
         ),
-        _chart("Memory", "bytes", "Resident.", ("process_resident_memory_bytes{WHO}", "{{instance}}")),
-        _chart(
+        chart("Memory", "bytes", "Resident.", ("process_resident_memory_bytes{WHO}", "{{instance}}")),
+        chart(
             "Versions and restarts",
             "short",
             "Processes by version; a restart shows as a step.",
@@ -387,8 +311,8 @@ def dashboard() -> str:
         .tooltip(DashboardCursorSync.CROSSHAIR)
         .readonly()
         .with_variable(builders.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(_variable("job", "Job", "label_values(tracker_build_info, job)"))
-        .with_variable(_variable("instance", "Instance", 'label_values(tracker_build_info{job=~"$job"}, instance)'))
+        .with_variable(variable("job", "Job", "label_values(tracker_build_info, job)"))
+        .with_variable(variable("instance", "Instance", 'label_values(tracker_build_info{job=~"$job"}, instance)'))
     )
     numbers = count(1)
     for panel in _numbers():
@@ -402,9 +326,9 @@ def dashboard() -> str:
         ("Process", _process()),
     ):
         board = board.with_row(builders.Row(title).id(next(numbers)))
-        for chart in panels:
+        for panel in panels:
             # Three or four fill a row of the grid.
-            board = board.with_panel(chart.id(next(numbers)).span(_COLUMNS // 4 if len(panels) == 4 else _WIDTH))
+            board = board.with_panel(panel.id(next(numbers)).span(COLUMNS // 4 if len(panels) == 4 else WIDTH))
     return JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n"
 
 

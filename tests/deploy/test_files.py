@@ -205,15 +205,26 @@ def test_grafana_is_provisioned() -> None:
 
 
 def test_scrape_of_compose() -> None:
-    """Prometheus scrapes the daemon's port, under the job that the alerts know, and the traffic's."""
+    """Prometheus scrapes the daemon's port, under the job that the alerts know, the traffic's, and any consumer's."""
     config = yaml.safe_load((DEPLOY / "compose/prometheus.yml").read_text(encoding="utf-8"))
-    job, chat = config["scrape_configs"]
+    job, consumer, chat = config["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
     port = COMPOSE["services"]["traffic"]["environment"]["TRACKER_METRICS"].rpartition(":")[2]
     assert chat["static_configs"][0]["targets"] == [f"traffic:{port}"]
     listen = COMPOSE["services"]["daemon"]["environment"]["TRACKER_LISTEN"]
     assert job["job_name"] == "tracker-daemon"
     assert target == f"daemon:{listen.rpartition(':')[2]}"
+    stream = yaml.safe_load((DEPLOY / "stream/compose.yml").read_text(encoding="utf-8"))["services"]
+    (lookup,) = consumer["dns_sd_configs"]
+    (service,) = lookup["names"]
+    listen = stream[service]["environment"]["TRACKER_LISTEN"]
+    assert (consumer["job_name"], lookup["type"]) == ("tracker-consumer", "A")
+    assert str(lookup["port"]) == listen.rpartition(":")[2]
+    # With consumers Prometheus has the rule that there must be one.
+    mount = "../prometheus/stream.yml:/etc/prometheus/stream.yml:ro"
+    assert stream["prometheus"]["volumes"] == [mount]
+    assert (DEPLOY / "compose" / mount.partition(":")[0]).exists()
+    assert any(fnmatch("stream.yml", pattern) for pattern in config["rule_files"])
 
 
 # -- rules -----------------------------------------------------------------------------------------
@@ -221,9 +232,11 @@ def test_scrape_of_compose() -> None:
 
 def test_rules_are_the_same() -> None:
     """Kubernetes and the chart have Prometheus' rules as they are; else `make deploy-files` is due."""
+    making = runpy.run_path(str(DEPLOY / "kubernetes/make_rules.py"))
+    assert {file.name for file in making["MANIFESTS"]} == {"rules.yml", "stream.yml"}
+    for file, made in making["MANIFESTS"].items():
+        manifest = made.read_text(encoding="utf-8")
+        assert manifest == making["manifest"](file)
+        assert yaml.safe_load(manifest)["spec"] == yaml.safe_load(file.read_text(encoding="utf-8"))
     rules = (DEPLOY / "prometheus/rules.yml").read_text(encoding="utf-8")
-    manifest = (DEPLOY / "kubernetes/base/prometheusrule.yaml").read_text(encoding="utf-8")
-    made = runpy.run_path(str(DEPLOY / "kubernetes/make_rules.py"))
-    assert manifest == made["manifest"](rules)
-    assert yaml.safe_load(manifest)["spec"] == yaml.safe_load(rules)
     assert (CHART / "files/rules.yml").read_text(encoding="utf-8") == rules

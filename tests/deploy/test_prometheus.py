@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -24,37 +26,49 @@ def _read(name: str) -> Any:
 
 RULES = [rule for group in _read("rules.yml")["groups"] for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
-RECORDED = {rule["record"] for rule in RULES if "record" in rule}
+STATED = {rule["record"] for group in _read("stream.yml")["groups"] for rule in group["rules"]}
+"""What a rule file of its own says that there must be."""
+
+UNITS = sorted(f"tests/{path.name}" for path in (FOLDER / "tests").glob("*.yml"))
+RECORDED = {rule["record"] for rule in RULES if "record" in rule} | STATED
 
 
-def test_rules() -> None:
+@pytest.mark.parametrize(("name", "count"), [("rules.yml", len(RULES)), ("stream.yml", len(STATED))])
+def test_rules(name: str, count: int) -> None:
     """Prometheus takes the rules, and no rule stands there twice."""
-    got = run(promtool(), "check", "rules", "--lint-fatal", FOLDER / "rules.yml")
+    got = run(promtool(), "check", "rules", "--lint-fatal", FOLDER / name)
     assert got.returncode == 0, got.stdout
-    assert f"{len(RULES)} rules found" in got.stdout
+    assert f"{count} rules found" in got.stdout
 
 
-def test_units() -> None:
-    """Every alert fires when it should, and not when it should not, across restarts as well."""
-    got = run(promtool(), "test", "rules", FOLDER / "rules_test.yml")
+@pytest.mark.parametrize("name", UNITS)
+def test_units(name: str) -> None:
+    """Every alert fires when it should, and not when it should not, across restarts and gaps as well."""
+    got = run(promtool(), "test", "rules", FOLDER / name)
     assert got.returncode == 0, got.stdout
 
 
 def test_every_alert_is_tested_both_ways() -> None:
     """No alert without an instant at which it fires and one at which it does not; no recording without a value."""
     fires, silent, valued = set[str](), set[str](), set[str]()
-    for test in _read("rules_test.yml")["tests"]:
+    for test in [test for name in UNITS for test in _read(name)["tests"]]:
         for each in test.get("alert_rule_test", ()):
             (fires if each.get("exp_alerts") else silent).add(each["alertname"])
         valued |= {name for each in test.get("promql_expr_test", ()) for name in names(each["expr"])}
     assert fires == silent == set(ALERTS)
     # The usage is seen by the alert on it, in per cent.
-    assert valued == RECORDED - {"instance:tracker_queue_usage:ratio"}
+    assert valued == RECORDED - STATED - {"instance:tracker_queue_usage:ratio"}
 
 
-def test_groups_are_evaluated_in_order() -> None:
+def test_what_is_stated_is_read() -> None:
+    """An alert asks for what the rules beside them state."""
+    assert {name for rule in RULES for name in names(rule["expr"])} >= STATED
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_groups_are_evaluated_in_order(name: str) -> None:
     """The unit tests name the order of the groups: promtool takes any where none is named, and their results differ."""
-    assert _read("rules_test.yml")["group_eval_order"] == [group["name"] for group in _read("rules.yml")["groups"]]
+    assert _read(name)["group_eval_order"] == [group["name"] for group in _read("rules.yml")["groups"]]
 
 
 def test_example_configuration() -> None:
@@ -99,6 +113,18 @@ def test_shape_of_an_alert(name: str) -> None:
     assert set(alert["annotations"]) == {"summary", "runbook_url"}
     assert alert["annotations"]["runbook_url"] == f"deploy/runbooks/{name}.md"
     assert (ROOT / alert["annotations"]["runbook_url"]).is_file()
+
+
+def test_runbooks_have_an_address() -> None:
+    """The command in the rules' own comment leads every alert to its runbook in a copy of the repository."""
+    text = (FOLDER / "rules.yml").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^# +(sed .*) rules\.yml > \S+$", text, re.MULTILINE)
+    got = run(*shlex.split(command), FOLDER / "rules.yml")
+    assert got.returncode == 0, got.stdout
+    alerts = [rule for group in yaml.safe_load(got.stdout)["groups"] for rule in group["rules"] if "alert" in rule]
+    assert [rule["annotations"]["runbook_url"] for rule in alerts] == [
+        f"https://HOST/PATH/deploy/runbooks/{name}.md" for name in ALERTS
+    ]
 
 
 def test_every_alert_is_told() -> None:

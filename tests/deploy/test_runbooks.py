@@ -61,6 +61,59 @@ def test_links() -> None:
     assert [(name, link) for name, link in links if not (FOLDER / link).exists()] == []
 
 
+def test_events_of_the_log() -> None:
+    """Every event that a runbook looks for in the log is one that the code tells."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tracker_daemon").rglob("*.py"))
+    told = [
+        event
+        for name in BOOKS
+        for found in re.findall(r"(?:event=|\)\()([a-z_][a-z_|]+)", _text(name))
+        for event in found.split("|")
+    ]
+    assert len(told) > 10
+    assert [event for event in told if f'"{event}"' not in source] == []
+
+
+@pytest.mark.parametrize("format_", ["text", "json"])
+def test_patterns_find_either_format(format_: str) -> None:
+    """What a runbook looks for in the log finds the line of each of its events, and not one that only mentions it."""
+    patterns = [found for name in BOOKS for found in re.findall(r"--grep '([^']+)'", _text(name))]
+    assert len(patterns) > 10
+    searched = [(pattern, event) for pattern in patterns for event in pattern.rpartition("(")[2].rstrip(")").split("|")]
+    code = (
+        "import sys; from tracker_daemon.daemon.log import log_to_stderr; from tracker_daemon.logs import get_logger\n"
+        "log_to_stderr('info', sys.argv[1])\n"
+        "for event in sys.argv[2:]: get_logger().warning(event); get_logger().warning('other', error=event)"
+    )
+    command = [sys.executable, "-c", code, format_, *(event for _, event in searched)]
+    lines = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=True).stderr.splitlines()
+    assert len(lines) == 2 * len(searched)
+    for (pattern, event), line, other in zip(searched, lines[::2], lines[1::2], strict=True):
+        assert event in line
+        assert event in other
+        assert re.search(pattern, line)
+        assert not re.search(pattern, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "label"),
+    [
+        ("TrackerCallsLost", "tracker_calls_lost_total", "reason"),
+        ("TrackerDeadLetters", "tracker_calls_dead_lettered_total", "reason"),
+        ("TrackerFlushErrors", "tracker_database_errors_total", "class"),
+    ],
+)
+def test_every_reason_is_explained(name: str, metric: str, label: str, samples: Samples) -> None:
+    """The table of a runbook has each value of the label that its alert names."""
+    rows = "".join(re.findall(r"^(\| `.*?) \|", _text(name), re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", rows)) - {label} == samples[metric][label]
+
+
+def test_nothing_secret_in_a_command() -> None:
+    """No runbook has the database's URL or the stream's, which have a password, among a command's arguments."""
+    assert [name for name in [*BOOKS, "README"] if re.search("--(database|stream)[ =`]", _text(name))] == []
+
+
 def test_queries(samples: Samples) -> None:
     """Every query names what a daemon with a journal, or a recording rule, has."""
     queries = _every("promql")
@@ -84,7 +137,7 @@ def path(tmp_path: Path) -> str:
     (tmp_path / "tracker-daemon").chmod(0o755)
     for name in SHAMS:
         (tmp_path / name).write_text(
-            f'#!/bin/sh\ncase " $* " in *" tracker-daemon "*) echo {name} ;; *) exit 1 ;; esac\n'
+            f'#!/bin/sh\ncase " $* " in *" tracker-daemon "* | *" tracker-consumer "*) echo {name} ;; *) exit 1 ;; esac\n'
         )
         (tmp_path / name).chmod(0o755)
     return f"{tmp_path}:{os.environ['PATH']}"
