@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         ("on_error", "print"),
         ("journal", 7),
         ("journal", ""),
+        ("journal", "a\0b"),
         ("journal_sync", -1),
         ("journal_retain", "600"),
         ("journal_quota", 1_000),

@@ -3,7 +3,8 @@
 Rules:
 1. Nothing here holds up the pump: what blocks runs in a thread, or beside the flushes.
 2. What children left that have died is taken over about once a minute, by whoever flushes well: in front of a flush, so
-   that one that fails keeps it from coming back here.
+   that one that fails keeps it from coming back here. Where that is more than may be held at once, the rest comes right
+   behind, with a flush in between.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class JournalKeeper:
         """Look for what children left that have died, if that is due. May block."""
         now, journal = self._clock.monotonic(), self._journal
         if journal.attached and now >= self._adopt_at:
-            self._adopt_at = now + _ADOPT_EVERY
-            journal.adopt()
+            more = journal.adopt()
+            self._adopt_at = now if more else now + _ADOPT_EVERY
 
     def share(self) -> bool:
         """This process has forked: say whether that is news."""

@@ -159,7 +159,7 @@ async def _recover(
     positions = await _positions(conninfo, table, journal.left)
     _check_again(journal, again, positions)
     lives = {producer: Recovered(producer.hex) for producer in journal.left}
-    faults: list[str] = []
+    faults = [f"{path} cannot be looked at: {error}" for path, error in journal.not_adopted.items()]
     if skip_damage:
         _repair(journal, lives, positions, faults)
     backlog = Backlog(max_queue_size=1, max_pending=1, max_batch_size=1, create_missing=True, journal=journal)

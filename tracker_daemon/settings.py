@@ -72,7 +72,7 @@ class Settings:
         split_table(self.table)
         if not isinstance(self.registry, CollectorRegistry):
             raise ConfigError("registry", "must be a prometheus_client.CollectorRegistry or None", self.registry)
-        if self.journal is not None and (not isinstance(self.journal, str | PathLike) or not fspath(self.journal)):
+        if self.journal is not None and not _is_path(self.journal):
             raise ConfigError("journal", "must be a directory's path or None", self.journal)
         _seconds("journal_sync", self.journal_sync, least=0.0)
         _seconds("journal_retain", self.journal_retain, least=0.0)
@@ -128,6 +128,11 @@ def split_table(table: Any) -> tuple[str | None, str]:
     if len(parts) > 2:
         raise ConfigError("table", "must be a name or schema.name", table)
     return (parts[0], parts[1]) if len(parts) == 2 else (None, parts[0])
+
+
+def _is_path(value: object) -> bool:
+    path: object = fspath(value) if isinstance(value, str | PathLike) else None
+    return isinstance(path, str) and bool(path) and "\0" not in path
 
 
 def _identifier(table: str, text: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -12,9 +13,11 @@ from click.testing import CliRunner
 from prometheus_client import CollectorRegistry
 
 from tests.conftest import run_migrate
+from tests.helpers import turns
 from tracker_daemon import MemorySink, Tracker
 from tracker_daemon.cli import program
 from tracker_daemon.journal.records import FRAME, HEADER_SIZE, SYNCED_AT, WORD, word
+from tracker_daemon.journal.windows import open_name
 from tracker_daemon.sink import Opened, SinkFault
 
 if TYPE_CHECKING:
@@ -116,3 +119,16 @@ def test_no_directory_and_one_in_use(tmp_path: Path) -> None:
 def test_help(command: str) -> None:
     """Both are there."""
     assert call(command, "--help")[0] == 0
+
+
+def test_recover_tells_of_a_place_that_cannot_be_opened(database: str, tmp_path: Path) -> None:
+    """What stands there is not applied: it is no success, and what stands elsewhere is applied all the same."""
+    leave(tmp_path)
+    lock = tmp_path / "forks" / "0" / "lock"
+    lock.mkdir(parents=True)  # as nobody may open it, not even root
+    (lock.parent / open_name(uuid4(), 1)).touch()
+    status, _, errors = call("recover", tmp_path, "--database", database)
+    assert status == 1
+    assert f"{lock.parent} cannot be looked at: " in errors
+    assert "cannot be opened: Is a directory" in errors
+    assert turns(database) == CALLS

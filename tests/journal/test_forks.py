@@ -154,7 +154,7 @@ def test_children_while_the_database_is_away(database: str, tmp_path: Path) -> N
     assert exact(database, outcome, again)
 
 
-@pytest.mark.parametrize("instant", ["registered", "noted", "committed", "settled", "kept"])
+@pytest.mark.parametrize("instant", ["registered", "noted", "committed", "settled", "kept", "moved"])
 def test_killed_while_it_takes_over(database: str, tmp_path: Path, instant: str) -> None:
     """A parent is killed in the middle of applying what children left that have died: each call counts once."""
     killed = play("killed_while_it_takes_over", database, tmp_path, -signal.SIGKILL, instant)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +15,7 @@ from tests.journal.rig import Calls, Rig, small_files
 from tracker_daemon import Tracker, journal_keeper
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.journal.lock import DirectoryLock, noted, try_lock
+from tracker_daemon.journal.retention import Retention
 from tracker_daemon.memory_sink import MemorySink
 
 if TYPE_CHECKING:
@@ -118,7 +121,7 @@ def test_taken_over_and_given_back(tmp_path: Path) -> None:
         dead_child(tmp_path, sink, calls, f"c{round_of}")
         take_over(parent)
         assert Calls.counted(sink.rows) == calls.made
-        assert try_lock(tmp_path / "forks" / "0") is None, "its newest window is kept"
+        assert len(list((tmp_path / "forks" / "0").glob("*.journal"))) == 0, "its newest window is kept elsewhere"
         parent.call(calls.next("p"))
         parent.flush()
         take_over(parent)
@@ -171,6 +174,113 @@ def test_not_more_than_so_many_at_once(tmp_path: Path) -> None:
         parent.call(calls.next("p"))
         parent.flush()
     assert Calls.counted(sink.rows) == calls.made
+    parent.crash()
+
+
+def test_the_rest_comes_right_behind(tmp_path: Path) -> None:
+    """However long what is applied is kept: it goes into the own place, and the others' are free at once."""
+    sink, calls = MemorySink(), Calls()
+    parent = Rig(tmp_path, sink)
+    parent.call(calls.next("p"))
+    parent.flush()
+    for number in range(5):
+        dead_child(tmp_path, sink, calls, f"c{number}", quota=64_000)
+    rounds = 0
+    while parent.journal.adopt(2):
+        assert len(parent.journal._places) <= 1 + 2
+        parent.recover()
+        rounds += 1
+        assert parent.journal.bytes == on_disk(tmp_path)
+    parent.recover()
+    assert Calls.counted(sink.rows) == calls.made
+    assert rounds == 2
+    assert not parent.journal.adopt(2)
+    assert [noted(place) for place in (tmp_path / "forks").iterdir()] == [(0, 0)] * 5
+    assert len(parent.journal.retained_producers) == 1 + 5
+    assert parent.journal.bytes == on_disk(tmp_path)
+    parent.crash()
+
+
+def test_idle_worker_takes_all_over(
+    tmp_path: Path, trackers: Trackers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of more than may be held at once the rest does not wait for a minute, nor for what is kept to be let go of."""
+    monkeypatch.setattr(Retention.adopt, "__defaults__", (2,))
+    sink, calls = MemorySink(), Calls()
+    for number in range(7):
+        dead_child(tmp_path, sink, calls, f"c{number}", quota=64_000)
+    tracker = trackers(sink, journal=tmp_path)
+    tracker.record_turn("p", tokens=1)
+    wait_until(lambda: len(told(caplog, "journal_applied")) == 7, "all that was left is applied")
+    assert Calls.counted(sink.rows) == calls.made | {("p", 0)}
+    tracker.close()
+
+
+def test_what_cannot_be_moved_is_kept_where_it_is(tmp_path: Path) -> None:
+    """And counted there; the database may still forget it."""
+    sink, calls = ForgetfulSink(back_to=2), Calls()
+    parent = Rig(tmp_path, sink)
+    parent.call(calls.next("p"))
+    parent.flush()
+    child = dead_child(tmp_path, sink, calls, "c", windows=4)
+    [_, second, *_] = sorted(child.journal.directory.glob("*-0000.journal"))
+    (tmp_path / second.name).mkdir()
+    take_over(parent)
+    assert parent.journal.errors["rename"] == 1
+    assert second.exists()
+    kept = [path for window in parent.journal.retained(child.journal.producer) for path in window.paths]
+    assert [path for path in kept if path.parent != tmp_path] == [second]
+    (tmp_path / second.name).rmdir()
+    assert parent.journal.bytes == on_disk(tmp_path)
+    take_over(parent)
+    assert try_lock(second.parent) is None, "it is still held"
+    sink.forget()
+    assert Calls.counted(sink.rows) < calls.made
+    parent.call(calls.next("p"))
+    parent.flush()
+    assert Calls.counted(sink.rows) == calls.made
+    parent.crash()
+
+
+def test_place_that_cannot_be_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another user's, say: it is told, and holds up neither those behind it nor a child."""
+    sink, calls = MemorySink(), Calls()
+    theirs = dead_child(tmp_path, sink, Calls(), "c", quota=64_000)
+    dead_child(tmp_path, sink, calls, "d", quota=64_000)
+    lock = theirs.journal.directory / "lock"
+    lock.unlink()
+    lock.mkdir()  # as nobody may open it, not even root
+    parent = Rig(tmp_path, sink)
+    take_over(parent)
+    assert Calls.counted(sink.rows) == calls.made
+    [event] = told(caplog, "journal_not_adopted")
+    assert (event["directory"], event["error"].endswith("cannot be opened: Is a directory")) == (str(lock.parent), True)
+    assert parent.journal.errors["list"] == 1
+    child = Rig(tmp_path, sink, forked=True)
+    child.call(calls.next("e"))
+    assert child.journal.directory.name in {"1", "2"}
+    assert not child.journal.degraded
+    child.crash()
+    parent.crash()
+
+
+def test_no_file_descriptor_left(tmp_path: Path) -> None:
+    """A child that can have no place goes on in memory, and leaves none behind that it has tried; it tries again."""
+    sink, calls = MemorySink(), Calls()
+    parent, child = Rig(tmp_path, sink), Rig(tmp_path, sink, forked=True)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        child.call(calls.next("c"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert child.journal.degraded
+    assert list((tmp_path / "forks").iterdir()) == []
+    child.keep()
+    assert child.journal.directory == tmp_path / "forks" / "0"
+    child.crash()
     parent.crash()
 
 

@@ -335,6 +335,7 @@ def killed_while_it_takes_over() -> None:
         "committed": (PostgresSink, "apply"),
         "settled": (Backlog, "settle_recovered"),
         "kept": (Journal, "recovered_window"),
+        "moved": (Journal, "_bring_home"),
     }[sys.argv[4]]
     step = getattr(owner, name)
 

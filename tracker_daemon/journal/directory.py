@@ -3,7 +3,7 @@
 Rules:
 1. One process has the directory; a fork's child takes a place of its own below it, at its first use.
 2. What children left that have died is taken over, with the place's lock, by whoever works; the lock is given back once
-   there is nothing more to be done in that place.
+   it is applied, and what is kept of it has gone into the own place.
 3. The quota is that of all places together. Each holder writes into its places' locks what they take.
 4. An error of the disk is counted by what failed, told, and raised to no caller.
 """
@@ -82,6 +82,8 @@ class Directory:
         """Whether earlier lives left something that is still to be looked at."""
         self.shared = forked
         """Whether others may have places here: this process has forked, is a child, or has found some."""
+        self.not_adopted: dict[Path, Exception] = {}
+        """Where `adopt` could not look the last time, and why."""
         self._places: dict[Path, Place] = {}
         self._names_changed = False
         self._left: dict[UUID, list[Path]] = {}
@@ -117,33 +119,53 @@ class Directory:
             place = self.base / _FORKS / str(number)
             if noted(place)[0] >= self.quota // _SHARE_OF_A_PLACE:
                 continue
+            new = not place.exists()
             place.mkdir(parents=True, exist_ok=True)
-            if lock := try_lock(place):
+            try:
+                lock = try_lock(place)
+            except JournalError:
+                if not new:  # another user's: told by whoever adopts
+                    continue
+                place.rmdir()  # none can be had, as with no file descriptor left
+                raise
+            if lock:
                 self._places[place] = Place(lock)
                 self.directory = place
                 return
         raise JournalError(f"journal {self.base / _FORKS}: no free place")
 
-    def adopt(self, most: int = MOST_ADOPTED) -> None:
+    def adopt(self, most: int = MOST_ADOPTED) -> bool:
         """See to what children left that have died: whoever works takes it over. May block.
 
-        At most so many places are held. Not when the journal is made: a parent that only forks would hold on to them
-        and never apply it. Nothing happens before a fork's child has a place of its own.
+        At most so many places are held; return whether there may be more, to be had when these are done. Not when the
+        journal is made: a parent that only forks would hold on to them and never apply it. Nothing happens before a
+        fork's child has a place of its own.
         """
         if not self.attached:
-            return
+            return False
         self._give_back()
+        self.not_adopted, adopted = {}, False
         try:
-            for path in self._all_places()[1:]:
-                self.shared = True
-                if len(self._places) > most:
-                    return
-                if path not in self._places and self._is_wanted(path) and (lock := try_lock(path)):
-                    self._places[path] = Place(lock)
-                    self._look(path)
+            places = self._all_places()[1:]
         except OSError as error:
-            self.errors["list"] += 1
-            self._say("error", "journal_not_adopted", directory=str(self.base / _FORKS), error=str(error))
+            places = []
+            self._cannot_adopt(self.base / _FORKS, error)
+        for path in places:
+            self.shared = True
+            if len(self._places) > most:
+                return adopted
+            try:
+                if path not in self._places and self._is_wanted(path) and (lock := try_lock(path)):
+                    self._places[path], adopted = Place(lock), True
+                    self._look(path)
+            except (OSError, JournalError) as error:  # another user's: it does not hold up the others
+                self._cannot_adopt(path, error)
+        return False
+
+    def _cannot_adopt(self, directory: Path, error: Exception) -> None:
+        self.errors["list"] += 1
+        self.not_adopted[directory] = error
+        self._say("error", "journal_not_adopted", directory=str(directory), error=str(error))
 
     def _is_wanted(self, path: Path) -> bool:
         """Whether somebody's files are there that were not set aside; or none, and the lock tells of some."""

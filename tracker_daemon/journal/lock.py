@@ -21,11 +21,16 @@ _NAME: Final = "lock"
 _LINE: Final = 48
 
 
+class JournalInUse(JournalError):  # noqa: N818 - says what is the case
+    """Another process has the directory."""
+
+
 class DirectoryLock:
     """Held from the making to `release`, or to the end of the process.
 
     Raises:
-        JournalError: another process has it (the message names its pid), or the directory cannot be written.
+        JournalInUse: another process has it (the message names its pid).
+        JournalError: the directory cannot be written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -42,7 +47,7 @@ class DirectoryLock:
             self.release()
             if not isinstance(error, BlockingIOError):
                 raise JournalError(f"journal {directory}: {path} cannot be locked: {error.strerror}") from error
-            raise JournalError(
+            raise JournalInUse(
                 f"journal {directory} is in use by process {holder or '(unknown)'}: give each tracker a directory "
                 "of its own, or end that process"
             ) from None
@@ -69,10 +74,14 @@ class DirectoryLock:
 
 
 def try_lock(directory: Path) -> DirectoryLock | None:
-    """Return the lock, or `None` where another process has it."""
+    """Return the lock, or `None` where another process has it.
+
+    Raises:
+        JournalError: the directory cannot be written.
+    """
     try:
         return DirectoryLock(directory)
-    except JournalError:
+    except JournalInUse:
         return None
 
 

@@ -92,10 +92,10 @@ class Retention(Directory):
         """Those of whom something is kept."""
         return list(dict.fromkeys(window.producer for window in self._retained))
 
-    def adopt(self, most: int = MOST_ADOPTED) -> None:
+    def adopt(self, most: int = MOST_ADOPTED) -> bool:
         """See `Directory.adopt`; what was kept long enough is let go of before, also where nothing is applied now."""
         self.trim()
-        super().adopt(most)
+        return super().adopt(most)
 
     def trim(self, *, make_room: bool = False) -> None:
         """Delete applied windows: those kept long enough, and the oldest where the quota is passed.
@@ -138,11 +138,40 @@ class Retention(Directory):
             self.applied(window)
 
     def recovered_life(self, life: Life) -> None:
-        """All of *life* is in the database."""
+        """All of *life* is in the database: what is kept of it goes into this process's own place."""
         self.torn += life.torn
-        kept = {path for window in self.retained(life.producer) for path in window.paths}
+        windows = self.retained(life.producer)
+        kept = {path for window in windows for path in window.paths}
         self._delete_all(list({*life.leftover, *self._left.pop(life.producer, ())} - kept))
         self._recovered_windows = {name for name in self._recovered_windows if name[0] != life.producer}
+        for window in windows:
+            self._bring_home(window)
+
+    def _bring_home(self, window: Window) -> None:
+        """Move the files of a kept window into the own place: where they were left may be given back."""
+        try:
+            self._retained.remove(window)  # as long as it moves no other thread is to delete it
+        except ValueError:  # one was first
+            return
+        home = self._places[self.directory]
+        for number, path in enumerate(window.paths):
+            place = self._places.get(path.parent)
+            if place is None or place is home:
+                continue
+            here = self.directory / path.name
+            home.take({here: self._size([path])})
+            try:
+                path.rename(here)
+            except OSError as error:  # it is kept where it is
+                home.drop([here])
+                self.errors["rename"] += 1
+                self._say("warning", "journal_rename_failed", path=str(path), error=str(error))
+                continue
+            window.paths[number] = here
+            home.keep([here])
+            place.drop([path])
+            self._names_changed = True
+        self._retained.append(window)
 
     def note_registered(self, life: Life, epoch: int) -> None:
         """Note on the disk that a recovery has registered *life*, before any of it is applied. May block.
