@@ -42,8 +42,15 @@ SECRETS = {
     "TRACKER_TOKEN_FILE": "a token of this test's\n",
 }
 # Options and names in the pages that are of other programs, of PostgreSQL, of CPython and of a benchmark.
-OTHERS = {"--help", "--no-owner", "--target", "--workers"}
-ELSEWHERE = {"default_transaction_read_only", "pg_dump", "loop_lag", "write_row", "unicodekeys_lookup_unicode"}
+OTHERS = {"--cascade", "--from-file", "--help", "--no-owner", "--previous", "--target", "--workers"}
+ELSEWHERE = {
+    "default_transaction_read_only",
+    "pg_dump",
+    "loop_lag",
+    "write_row",
+    "unicodekeys_lookup_unicode",
+    "process_start_time_seconds",
+}
 
 
 def leaves(group: click.Group) -> Iterator[click.Command]:
@@ -129,6 +136,7 @@ def test_variables() -> None:
     """Every variable that a page, a unit or a manifest names is a setting, or the file of one."""
     settings = {str(option.envvar) for command in leaves(program) for option in command.params if option.envvar}
     known = settings | {"TRACKER_DATABASE_FILE", "TRACKER_STREAM_FILE", "TRACKER_TOKEN"}
+    known |= {"TRACKER_DAEMON_PORT"}  # what Kubernetes would set of a Service of this name
     files = [*TEXTS, *UNITS, *(path for path in DEPLOY.rglob("*") if path.suffix in (".yml", ".yaml", ".env", ".tpl"))]
     named = {name for file in files for name in re.findall(r"\bTRACKER_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8"))}
     assert len(named) > 15

@@ -61,19 +61,6 @@ def test_links() -> None:
     assert [(name, link) for name, link in links if not (FOLDER / link).exists()] == []
 
 
-def test_events_of_the_log() -> None:
-    """Every event that a runbook looks for in the log is one that the code tells."""
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tracker_daemon").rglob("*.py"))
-    told = [
-        event
-        for name in BOOKS
-        for found in re.findall(r"(?:event=|\)\()([a-z_][a-z_|]+)", _text(name))
-        for event in found.split("|")
-    ]
-    assert len(told) > 10
-    assert [event for event in told if f'"{event}"' not in source] == []
-
-
 @pytest.mark.parametrize("format_", ["text", "json"])
 def test_patterns_find_either_format(format_: str) -> None:
     """What a runbook looks for in the log finds the line of each of its events, and not one that only mentions it."""
