@@ -280,14 +280,18 @@ def test_our_process_stands_still(
 # -- passwords -------------------------------------------------------------------------------------
 
 
+# Words that stand in no message: of a slow task the event loop says how many seconds it took.
+FIRST, SECOND = "the-first-password", "the-second-password"
+
+
 @pytest.fixture
 def role(postgres: EmbeddedPostgres, admin: psycopg.Connection[Any]) -> Iterator[str]:
-    """A role that needs a password ("first"), over TCP."""
+    """A role that needs a password (`FIRST`), over TCP."""
     name = f"app_{admin.info.dbname}"
     identifier = sql.Identifier(name)
     admin.execute(sql.SQL("CREATE ROLE {}").format(identifier))
     admin.execute(sql.SQL("GRANT ALL ON ALL TABLES IN SCHEMA public TO {}").format(identifier))
-    with needing_password(postgres, name, "first"):
+    with needing_password(postgres, name, FIRST):
         yield name
     admin.execute(sql.SQL("DROP OWNED BY {}").format(identifier))
     admin.execute(sql.SQL("DROP ROLE {}").format(identifier))
@@ -306,7 +310,7 @@ def test_rotated_password(
 ) -> None:
     """A password that is changed is read again at the next connect, wherever it comes from, without a restart."""
     base = make_conninfo(postgres.tcp_conninfo, user=role, dbname=admin.info.dbname)
-    password = ["first"]
+    password = [FIRST]
     passfile = tmp_path / "passwords"
 
     def store() -> None:
@@ -330,20 +334,20 @@ def test_rotated_password(
     with tracking(sinks[way](), errors, registry) as tracker:
         call(tracker, digits)
         tracker.flush(PATIENCE)
-        admin.execute(sql.SQL("ALTER ROLE {} PASSWORD 'second'").format(sql.Identifier(role)))
+        admin.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(role), SECOND))
         call(tracker, digits)
         tracker.flush(PATIENCE)  # what is open stays open
         assert errors.seen == []
         end_backends(admin)
         call(tracker, digits)
         errors.wait_for_kind("auth")
-        password[0] = "second"
+        password[0] = SECOND
         store()
         tracker.flush(PATIENCE)
     assert kinds(errors) <= {"connection", "auth"}
     told = caplog.text + " ".join(map(str, errors.seen))
-    assert "first" not in told
-    assert "second" not in told
+    assert FIRST not in told
+    assert SECOND not in told
     assert digits.read(sums(conninfo_of(admin))).exact
 
 
