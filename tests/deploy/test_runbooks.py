@@ -74,6 +74,32 @@ def test_events_of_the_log() -> None:
     assert [event for event in told if f'"{event}"' not in source] == []
 
 
+def test_options() -> None:
+    """Every setting that a runbook names is one of the command line."""
+    files = (ROOT / "tracker_daemon" / f"{name}_command.py" for name in ("serve", "stream"))
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    flags = {flag for name in BOOKS for flag in re.findall(r"`(?:--|TRACKER_)([a-zA-Z_-]+)", _text(name))}
+    named = {flag.lower().replace("_", "-").split(" ")[0] for flag in flags}
+    assert named
+    assert [flag for flag in named if f'"--{flag}"' not in source] == []
+
+
+def test_queries(samples: Samples) -> None:
+    """Every query names what a daemon with a journal, or a recording rule, has."""
+    queries = _every("promql")
+    assert queries
+    assert [fault for _, query in queries for fault in missing(query, samples, RECORDED)] == []
+
+
+def test_statements(daemon: Daemon) -> None:
+    """Every statement runs on the tables as they are."""
+    statements = _every("sql")
+    assert statements
+    with psycopg.connect(daemon.database) as connection:
+        for _, statement in statements:
+            connection.execute(statement)
+
+
 @pytest.mark.parametrize("format_", ["text", "json"])
 def test_patterns_find_either_format(format_: str) -> None:
     """What a runbook looks for in the log finds the line of each of its events, and not one that only mentions it."""
@@ -112,32 +138,6 @@ def test_every_reason_is_explained(name: str, metric: str, label: str, samples: 
 def test_nothing_secret_in_a_command() -> None:
     """No runbook has the database's URL or the stream's, which have a password, among a command's arguments."""
     assert [name for name in [*BOOKS, "README"] if re.search("--(database|stream)[ =`]", _text(name))] == []
-
-
-def test_options() -> None:
-    """Every setting that a runbook names is one of the command line."""
-    files = (ROOT / "tracker_daemon" / f"{name}_command.py" for name in ("serve", "stream"))
-    source = "".join(file.read_text(encoding="utf-8") for file in files)
-    flags = {flag for name in BOOKS for flag in re.findall(r"`(?:--|TRACKER_)([a-zA-Z_-]+)", _text(name))}
-    named = {flag.lower().replace("_", "-").split(" ")[0] for flag in flags}
-    assert named
-    assert [flag for flag in named if f'"--{flag}"' not in source] == []
-
-
-def test_queries(samples: Samples) -> None:
-    """Every query names what a daemon with a journal, or a recording rule, has."""
-    queries = _every("promql")
-    assert queries
-    assert [fault for _, query in queries for fault in missing(query, samples, RECORDED)] == []
-
-
-def test_statements(daemon: Daemon) -> None:
-    """Every statement runs on the tables as they are."""
-    statements = _every("sql")
-    assert statements
-    with psycopg.connect(daemon.database) as connection:
-        for _, statement in statements:
-            connection.execute(statement)
 
 
 @pytest.fixture
