@@ -192,17 +192,6 @@ def test_everything_is_there(name: str) -> None:
     assert only("PrometheusRule", found)["spec"] == rules
 
 
-@pytest.mark.artefact("deploy/helm", "helm")
-@pytest.mark.parametrize("prefix", ["https://git.example/tracker", "https://git.example/tracker/"])
-def test_runbooks_have_an_address(prefix: str) -> None:
-    """One value of the chart leads every alert to its runbook in a copy of the repository."""
-    rule = only("PrometheusRule", documents(helmed("journal", "--set", f"prometheusRule.runbookPrefix={prefix}")))
-    alerts = [rule for group in rule["spec"]["groups"] for rule in group["rules"] if "alert" in rule]
-    assert {rule["alert"]: rule["annotations"]["runbook_url"] for rule in alerts} == {
-        rule["alert"]: f"https://git.example/tracker/deploy/runbooks/{rule['alert']}.md" for rule in alerts
-    }
-
-
 @pytest.mark.parametrize("name", each(["overlays/sidecar", "sidecar", "sidecar-without-journal"]))
 def test_native_sidecar(name: str) -> None:
     """The sidecar is a restartable init container; the chat server shares its socket and has no more than the token."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from tests.deploy.manifests import documents, helmed, only
 from tests.deploy.queries import missing, names
 from tests.deploy.tools import DEPLOY, ROOT, promtool, run
 
@@ -123,6 +124,17 @@ def test_runbooks_have_an_address() -> None:
     assert got.returncode == 0, got.stdout
     alerts = [rule for group in yaml.safe_load(got.stdout)["groups"] for rule in group["rules"] if "alert" in rule]
     assert [rule["annotations"]["runbook_url"] for rule in alerts] == [
+        f"https://HOST/PATH/deploy/runbooks/{name}.md" for name in ALERTS
+    ]
+
+
+@pytest.mark.artefact("deploy/helm", "helm")
+@pytest.mark.parametrize("prefix", ["https://HOST/PATH", "https://HOST/PATH/"])
+def test_runbooks_have_an_address_in_the_chart(prefix: str) -> None:
+    """One value of the chart does the same."""
+    found = documents(helmed("journal", "--set", f"prometheusRule.runbookPrefix={prefix}"))
+    alerts = [rule for group in only("PrometheusRule", found)["spec"]["groups"] for rule in group["rules"]]
+    assert [rule["annotations"]["runbook_url"] for rule in alerts if "alert" in rule] == [
         f"https://HOST/PATH/deploy/runbooks/{name}.md" for name in ALERTS
     ]
 

@@ -61,6 +61,22 @@ def test_links() -> None:
     assert [(name, link) for name, link in links if not (FOLDER / link).exists()] == []
 
 
+def test_queries(samples: Samples) -> None:
+    """Every query names what a daemon with a journal, or a recording rule, has."""
+    queries = _every("promql")
+    assert queries
+    assert [fault for _, query in queries for fault in missing(query, samples, RECORDED)] == []
+
+
+def test_statements(daemon: Daemon) -> None:
+    """Every statement runs on the tables as they are."""
+    statements = _every("sql")
+    assert statements
+    with psycopg.connect(daemon.database) as connection:
+        for _, statement in statements:
+            connection.execute(statement)
+
+
 @pytest.mark.parametrize("format_", ["text", "json"])
 def test_patterns_find_either_format(format_: str) -> None:
     """What a runbook looks for in the log finds the line of each of its events, and not one that only mentions it."""
@@ -99,22 +115,6 @@ def test_every_reason_is_explained(name: str, metric: str, label: str, samples: 
 def test_nothing_secret_in_a_command() -> None:
     """No runbook has the database's URL or the stream's, which have a password, among a command's arguments."""
     assert [name for name in [*BOOKS, "README"] if re.search("--(database|stream)[ =`]", _text(name))] == []
-
-
-def test_queries(samples: Samples) -> None:
-    """Every query names what a daemon with a journal, or a recording rule, has."""
-    queries = _every("promql")
-    assert queries
-    assert [fault for _, query in queries for fault in missing(query, samples, RECORDED)] == []
-
-
-def test_statements(daemon: Daemon) -> None:
-    """Every statement runs on the tables as they are."""
-    statements = _every("sql")
-    assert statements
-    with psycopg.connect(daemon.database) as connection:
-        for _, statement in statements:
-            connection.execute(statement)
 
 
 @pytest.fixture
