@@ -176,5 +176,6 @@ def recovered(directory: Path, sink: Sink, **options: Any) -> Rig:
 
 
 def small_files(monkeypatch: Any) -> None:
-    """Have files of a few pages."""
+    """Have files of a few hundred bytes, on a disk of blocks of one."""
     monkeypatch.setattr("tracker_daemon.journal.journal._LEAST", 1_024)
+    monkeypatch.setattr("tracker_daemon.journal.place.BLOCK", 1)

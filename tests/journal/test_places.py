@@ -110,6 +110,21 @@ def test_what_is_kept_is_a_quarter_for_all_together(tmp_path: Path) -> None:
     child.crash()
 
 
+def test_windows_of_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a few hundred bytes, and takes a block of the disk: that is what counts."""
+    monkeypatch.setattr("tracker_daemon.journal.place.BLOCK", 4_096)
+    sink, calls, quota = MemorySink(), Calls(), 80 * 4_096
+    rig = Rig(tmp_path, sink, quota=quota)
+    for number in range(200):
+        rig.call(calls.next(f"t{number}"))
+        rig.flush()
+        takes = sum(path.stat().st_blocks * 512 for path in tmp_path.glob("*.journal"))
+        assert takes <= rig.journal.bytes <= quota
+    assert len(rig.journal.retained(rig.journal.producer)) == 80 // 4
+    assert not rig.journal.errors
+    rig.crash()
+
+
 def test_taken_over_and_given_back(tmp_path: Path) -> None:
     """By a parent that has worked for long; the place is free again when nothing of it is kept any more."""
     sink, calls = MemorySink(), Calls()

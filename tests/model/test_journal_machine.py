@@ -90,6 +90,7 @@ class JournalMachine(RuleBasedStateMachine):
 
         put(patch.object(os, "posix_fallocate", allocate))
         put(patch("tracker_daemon.journal.journal._LEAST", 1_024))
+        put(patch("tracker_daemon.journal.place.BLOCK", 1))
         # After an error a file is tried again at once: what goes to memory meanwhile dies with the process.
         put(patch("tracker_daemon.journal.degradation._RETRY_AFTER", 0.0))
         self.unkept = set[tuple[str, int]]()

@@ -2,12 +2,13 @@
 
 Rules:
 1. A file counts before it is there, and until it is gone: the places' sum is never less than what the files take.
+2. A file takes whole blocks of the disk: a window of one call takes one, though it has a few hundred bytes.
 """
 
 from __future__ import annotations
 
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,9 +16,16 @@ if TYPE_CHECKING:
 
     from tracker_daemon.journal.lock import DirectoryLock
 
+BLOCK: Final = 4_096
+
+
+def on_disk(size: int) -> int:
+    """Return what a file of *size* bytes takes."""
+    return -(-size // BLOCK) * BLOCK
+
 
 class Place:
-    """A directory that is locked; `sizes` are its files' bytes."""
+    """A directory that is locked; `sizes` are the bytes that its files take."""
 
     def __init__(self, lock: DirectoryLock) -> None:
         self.lock = lock
@@ -32,13 +40,13 @@ class Place:
         return sum(list(sizes.values())), sum(sizes.get(path, 0) for path in list(self._kept))
 
     def take(self, sizes: dict[Path, int]) -> None:
-        """Count files."""
-        self.sizes.update(sizes)
+        """Count files, by how many bytes they have."""
+        self.sizes.update({path: on_disk(size) for path, size in sizes.items()})
         self._tell()
 
     def rename(self, before: Path, path: Path, size: int) -> None:
         """Count a file under its new name."""
-        self.sizes[before] = self.sizes[path] = size  # at no instant not at all
+        self.sizes[before] = self.sizes[path] = on_disk(size)  # at no instant not at all
         if path != before:
             del self.sizes[before]
         self._tell()
