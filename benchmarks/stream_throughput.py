@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -93,6 +94,24 @@ def call(url: str, given: argparse.Namespace) -> None:
     print(made)
 
 
+def scrape(socket: Path) -> Counter[str]:
+    """Return the sums of what a consumer shows, over the labels."""
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://c") as client:
+        text = client.get("/metrics").text
+    found: Counter[str] = Counter()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] += sample.value
+    return found
+
+
+def peak_of(process: int) -> int:
+    """Return the most memory that a process has had at a time, bytes."""
+    status = Path(f"/proc/{process}/status").read_text()
+    [peak] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(peak) * 1_024
+
+
 class Consumers:
     """As many as there are partitions."""
 
@@ -107,14 +126,24 @@ class Consumers:
     def read(self) -> dict[str, float]:
         """Return the sums of what they count."""
         found = dict.fromkeys(NUMBERS, 0.0)
-        for socket in self.sockets:
-            with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://c") as client:
-                text = client.get("/metrics").text
-            for family in text_string_to_metric_families(text):
-                for sample in family.samples:
-                    if sample.name in found:
-                        found[sample.name] += sample.value
+        for each in map(scrape, self.sockets):
+            for name in found:
+                found[name] += each[name]
         return found
+
+    def wait_until_dealt(self) -> None:
+        """Return when each has one partition."""
+        while True:
+            try:
+                if all(scrape(socket)["tracker_stream_partition_owned"] == 1 for socket in self.sockets):
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
+
+    def peak(self) -> int:
+        """Return the most memory that one of them has had, bytes."""
+        return max(peak_of(process.pid) for process in self._processes)
 
     def wait_for(self, deltas: int) -> float:
         """Return when so many deltas are applied."""
@@ -165,9 +194,7 @@ def measure(cluster: Cluster, database: str, folder: Path, partitions: int, give
         consumers = None
         if meanwhile:
             consumers = Consumers(url, database, folder, partitions)
-            while not all(socket.exists() for socket in consumers.sockets):
-                time.sleep(0.1)
-            time.sleep(6)  # until the partitions are dealt
+            consumers.wait_until_dealt()
         began = time.perf_counter()
         for publisher in start_publishers(url, given):
             assert publisher.wait() == 0
@@ -176,7 +203,7 @@ def measure(cluster: Cluster, database: str, folder: Path, partitions: int, give
             began = time.perf_counter()
             consumers = Consumers(url, database, folder, partitions)
         took = consumers.wait_for(sent) - began
-        found = consumers.read()
+        found, peak = consumers.read(), consumers.peak()
         consumers.end()
         runs.append(
             run := result(
@@ -194,6 +221,7 @@ def measure(cluster: Cluster, database: str, folder: Path, partitions: int, give
                 flush_interval=None,
                 window=WINDOW,
                 published_per_second=round(sent / published),
+                consumer_peak_bytes=peak,
             )
         )
         words = f"published at {sent / published:,.0f}/s, " if meanwhile else ""
@@ -201,7 +229,8 @@ def measure(cluster: Cluster, database: str, folder: Path, partitions: int, give
             f"{partitions} partitions, {'meanwhile' if meanwhile else 'catching up'}: {sent / took:,.0f} deltas/s"
             f" ({words}{run['transactions']:,} transactions, {run['rows']:,} rows of {sent:,} deltas,"
             f" {run['messages']:,} messages; in Postgres {run['postgres_share']:.0%} of the time,"
-            f" processor of the consumers {run['consumer_processor_seconds']} s in {took:.1f} s)",
+            f" processor of the consumers {run['consumer_processor_seconds']} s in {took:.1f} s,"
+            f" at most {peak >> 20} MiB in one)",
             flush=True,
         )
     return runs
@@ -213,9 +242,7 @@ def unsaturated(cluster: Cluster, database: str, folder: Path, interval: float) 
     url = cluster.url(f"s{uuid4().hex[:8]}")
     asyncio.run(operations.create(address(url), partitions, Limits(max_bytes=1 << 30)))
     consumers = Consumers(url, database, folder, partitions, interval)
-    while not all(socket.exists() for socket in consumers.sockets):
-        time.sleep(0.1)
-    time.sleep(6)  # until the partitions are dealt
+    consumers.wait_until_dealt()
     began = time.perf_counter()
     options = ["--call", url, "--rate", str(rate), "--seconds", str(seconds), "--threads", str(threads)]
     options += ["--flush-interval", str(interval)]

@@ -38,6 +38,7 @@ FLOORS = [
     {"postgres.partitions", "stream.sink"},
     {"front_door", "readings", "worker", "embedded_sink", "http_sink", "postgres.lanes", "postgres.many"},
     {"stream.broker"},
+    {"stream.driver"},
     {"stream.messages", "stream.facts", "stream.faults", "stream.shares"},
     {"flusher", "embedded", "postgres.sink", "wire"},
     {"recovery"},

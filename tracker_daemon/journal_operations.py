@@ -21,7 +21,7 @@ from tracker_daemon.journal.windows import Damage
 from tracker_daemon.operations import opened_session, running_conninfo
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.lanes import Lanes
-from tracker_daemon.sink import LedgerMissing
+from tracker_daemon.sink import BegunOnStream, LedgerMissing, Opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -133,7 +133,7 @@ async def recover(
 
     Raises:
         JournalError: the directory is in use, or is none; or it has nothing of one of *again*, or the ledger has its
-            row.
+            row, or it was begun on a stream.
     """
     _check(directory)
     async with running_conninfo(database) as conninfo:
@@ -168,7 +168,7 @@ async def _recover(
     def on_error(error: BaseException) -> None:
         if isinstance(error, JournalError):
             faults.append(str(error))
-            if isinstance(error.__cause__, LedgerMissing):
+            if isinstance(error.__cause__, LedgerMissing) and not isinstance(error.__cause__, BegunOnStream):
                 faults.append(_HOW_AGAIN.format(UUID(error.__cause__.producer).hex))
         else:
             tell(f"{error}; trying again")
@@ -229,6 +229,8 @@ async def _register(journal: Journal, producer: UUID, sink: Lanes, tell: Callabl
         return None  # it is not registered, and told with the rest
     if not life.windows:
         return None
+    if Opened(life.epoch, 0, life.database).is_of_a_stream:
+        raise JournalError(str(BegunOnStream(str(producer), life.lane)))
     after = life.windows[0].first - 1
     await sink.open(producer, life.lane, after=after)
     tell(

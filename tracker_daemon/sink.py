@@ -60,6 +60,18 @@ class LedgerMissing(TrackerError):  # noqa: N818 - says what is the case
         )
 
 
+class BegunOnStream(LedgerMissing):
+    """What an earlier process left was begun on a stream, and comes to a database."""
+
+    def __str__(self) -> str:
+        return (
+            f"producer {self.producer} was begun on a stream: what of its batches was published there comes to the "
+            "database by the stream's consumers, and applied here it would be counted again. Nothing of it is applied. "
+            "To publish the rest, start a tracker on that stream with this journal: "
+            "Tracker('nats://HOST/NAME', journal=DIR)"
+        )
+
+
 class LedgerRegressed(TrackerError):  # noqa: N818 - says what is the case
     """The database has forgotten commits of this producer: its ledger stands before what was acknowledged."""
 
@@ -75,6 +87,10 @@ class LedgerRegressed(TrackerError):  # noqa: N818 - says what is the case
         )
 
 
+STREAM_BITS: Final = 47
+"""A stream's identity is this bit and those below."""
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """Where a (producer, lane) stands when opened.
@@ -82,12 +98,17 @@ class Opened:
     Attributes:
         epoch: this life's.
         applied_sequence: the highest sequence applied.
-        database: the system identifier of the database; 0 where there is none.
+        database: the system identifier of the database, or the identity of the stream; 0 where there is none.
     """
 
     epoch: int
     applied_sequence: int
     database: int = field(default=0, compare=False)
+
+    @property
+    def is_of_a_stream(self) -> bool:
+        """Whether `database` is a stream's: Postgres begins its own with the time, far above."""
+        return self.database >> STREAM_BITS == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,18 @@ _MOST_PARTITIONS = 256
 
 def commands(setting: Setting, one_line: OneLine, database: Check, table: Check) -> list[click.Command]:
     """Return the commands; the arguments are the command line's own ways with options and errors."""
-    return [_consume(setting, one_line, database, table), _stream(setting, one_line, database, table)]
+
+    def remote(context: click.Context, parameter: click.Parameter, value: str) -> Any:
+        if value.startswith("embedded:"):
+            raise click.BadParameter(
+                "must be a server's, postgresql:… or a conninfo: an embedded one ends with its process, and consumers "
+                "and commands share the stream's database",
+                context,
+                parameter,
+            )
+        return database(context, parameter, value)
+
+    return [_consume(setting, one_line, remote, table), _stream(setting, one_line, remote, table)]
 
 
 def _address(context: click.Context, parameter: click.Parameter, value: str) -> Any:

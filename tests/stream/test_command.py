@@ -65,6 +65,9 @@ def test_stream_create_and_status(cluster: Cluster, database: str) -> None:
         (("consume", "--database", "host=x", "--stream", "nats://a"), "stream's name"),
         (("consume", "--database", "host=x", "--stream", "nats://a/b", "--lease", "0.1"), "lease"),
         (("consume", "--database", "host=x", "--stream", "nats://a/b", "--listen", "x"), "listen"),
+        (("consume", "--database", "embedded:x", "--stream", "nats://a/b", "--check-config"), "must be a server's"),
+        (("stream", "status", "--database", "embedded:x", "--stream", "nats://a/b"), "must be a server's"),
+        (("stream", "adopt", "--database", "embedded:x", "--stream", "nats://a/b"), "must be a server's"),
         (("stream", "create", "--stream", "nats://a/b", "--partitions", "0"), "partitions"),
     ],
 )

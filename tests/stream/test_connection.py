@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import subprocess
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -11,11 +13,17 @@ from typing import TYPE_CHECKING
 import pytest
 from nkeys import PREFIX_BYTE_USER, encode_seed
 
+from tests.helpers import wait_until
+from tests.stream.cluster import _free_ports, program
 from tests.stream.conftest import make_stream
 from tracker_daemon.sink import SinkFault
+from tracker_daemon.stream.address import address
+from tracker_daemon.stream.broker import Broker
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nats.aio.client import Client
 
     from tests.stream.cluster import Cluster
 
@@ -56,6 +64,44 @@ def test_no_login_in_clear() -> None:
             listening.shutdown(socket.SHUT_RDWR)
     thread.join(10)
     assert not heard
+
+
+_LOGIN = """\
+listen: "127.0.0.1:{port}"
+authorization {{ users = [ {{ user: "tracker", password: "example" }} ] }}
+"""
+
+
+def test_a_login_that_every_server_refuses_is_told(tmp_path: Path) -> None:
+    """However often it is tried: the driver would go from server to server for ever."""
+    ports, started = _free_ports(3), []
+    for port in ports:
+        file = tmp_path / f"{port}.conf"
+        file.write_text(_LOGIN.format(port=port))
+        started.append(subprocess.Popen([program(), "--config", file], stderr=subprocess.DEVNULL))
+    url = f"nats://tracker:wrong@{','.join(f'127.0.0.1:{port}' for port in ports)}/x"
+
+    async def ask() -> list[BaseException | Client]:
+        # Many at once: each meets the end of its time in another place of the driver.
+        brokers = [Broker(address(url)) for _ in range(12)]
+        async with asyncio.timeout(60):
+            return await asyncio.gather(*(broker.connect() for broker in brokers), return_exceptions=True)
+
+    try:
+        wait_until(lambda: all(map(_listens, ports)), "the servers")
+        for answer in asyncio.run(ask()):
+            assert isinstance(answer, SinkFault)
+            assert answer.kind == "auth"
+    finally:
+        for process in started:
+            process.kill()
+            process.wait(30)
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        return True
+    return False
 
 
 def test_credentials_can_be_read(cluster: Cluster, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from tracker_daemon.postgres.apart import Apart
 from tracker_daemon.postgres.dead_letters import bury, dead_letters_of
 from tracker_daemon.postgres.doubts import Doubts
 from tracker_daemon.postgres.session import Session
-from tracker_daemon.sink import Applied, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
+from tracker_daemon.sink import Applied, BegunOnStream, DeadLetter, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,6 +83,8 @@ class PostgresSink:
 
     async def open(self, producer: UUID, lane: int, *, known: Opened | None = None, after: int = 0) -> Opened:
         """See `Sink.open`."""
+        if known is not None and known.is_of_a_stream:
+            raise BegunOnStream(str(producer), lane)
         session = await self._connected()
         try:
             with session.deadline(self._timeout):

@@ -1,4 +1,4 @@
-"""The connection to the servers: all there is of NATS in this package.
+"""The connection to the servers: all there is of NATS in this package, with `driver`.
 
 Rules:
 1. Everything happens in the loop that runs it; only `abort` may come from another thread.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,13 +19,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.js.errors
-from nats.aio.client import Client
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from tracker_daemon.errors import SchemaError
 from tracker_daemon.sink import SinkFault
+from tracker_daemon.stream.driver import Client, within
 from tracker_daemon.stream.facts import PARTITIONS, facts_of
-from tracker_daemon.stream.faults import Unencrypted, fault
+from tracker_daemon.stream.faults import fault
 from tracker_daemon.stream.messages import stream_of, subject_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from tracker_daemon.stream.messages import Message
 
 _CONNECT: Final = 5.0
+_TRY: Final = 2
 _ASK: Final = 5.0
 _READ: Final = 5.0
 _CLOSE: Final = 2.0
@@ -70,16 +72,6 @@ class Raw:
             return 0.0
 
 
-class _Client(Client):
-    def _connect_command(self) -> bytes:
-        # The driver encrypts when the server asks for it, whatever the URL says; here the login goes out.
-        server = self._current_server
-        if server is not None and server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
-            raise Unencrypted(f"{server.uri.hostname}:{server.uri.port} does not encrypt; no login was sent")
-        command: bytes = super()._connect_command()
-        return command
-
-
 class Elsewhere(Exception):  # noqa: N818 - says what is the case
     """The last message of a subject does not stand where it was."""
 
@@ -100,8 +92,8 @@ class Broker:
         self._client: Client | None = None
         self._connecting = asyncio.Lock()
         self._inbox = ""
-        self._told: list[Exception] = []
-        """What the driver has said of this connection last."""
+        self._told: deque[Exception] = deque(maxlen=2 * len(address.servers))
+        """What the driver has said of this connection last: of about two rounds over its servers."""
         self._reads: dict[str, _Asked] = {}
         self._numbers = 0
         self.connected_at = 0
@@ -123,18 +115,21 @@ class Broker:
                 client = await self._connect()
         if not client.is_connected:
             # The driver goes on trying by itself; a login that is refused meanwhile is told to nobody but `note`.
-            told = fault(self._told[-1], f"connecting to {self.address} again") if self._told else None
+            told = self._most_telling(f"connecting to {self.address} again")
             if isinstance(told, SinkFault) and told.kind == "auth":
                 raise told
             raise SinkFault("connection", f"the servers of {self.address} are away")
         return client
 
     async def _connect(self) -> Client:
-        told = self._told = []
+        told, time = self._told, asyncio.get_running_loop().time
+        told.clear()
+        until = time() + _CONNECT
 
         async def note(error: Exception) -> None:
             told.append(error)
-            del told[:-1]
+            if not connecting.done() and time() >= until:
+                raise error  # out of the driver's round over the servers, which has no end
 
         async def again() -> None:
             self.connected_at += 1
@@ -148,30 +143,43 @@ class Broker:
             if find_spec("nkeys") is None:
                 raise SinkFault("auth", "?credentials= needs a package that signs with their seed: pip install nkeys")
             login["user_credentials"] = str(address.credentials)
-        client = _Client()
+        client = Client()
+        connecting = asyncio.create_task(
+            client.connect(
+                list(address.servers),
+                name="tracker-daemon",
+                error_cb=note,
+                reconnected_cb=again,
+                connect_timeout=_TRY,
+                reconnect_time_wait=0.2,  # type: ignore[arg-type]  # seconds, which it sleeps
+                max_reconnect_attempts=-1,
+                ping_interval=10,
+                max_outstanding_pings=2,
+                **login,
+            )
+        )
         try:
-            async with asyncio.timeout(_CONNECT):
-                await client.connect(
-                    list(address.servers),
-                    name="tracker-daemon",
-                    error_cb=note,
-                    reconnected_cb=again,
-                    connect_timeout=2,
-                    reconnect_time_wait=0.2,  # type: ignore[arg-type]  # seconds, which it sleeps
-                    max_reconnect_attempts=-1,
-                    ping_interval=10,
-                    max_outstanding_pings=2,
-                    **login,
-                )
+            await within(_CONNECT + _TRY, connecting)
             self._inbox = client.new_inbox()
             await client.subscribe(f"{self._inbox}.*", cb=self._answered)
         except Exception as error:
             with suppress(Exception):
                 await client.close()
-            raise fault(told[-1] if told else error, f"connecting to {address}") from error
+            raise (
+                self._most_telling(f"connecting to {address}") or fault(error, f"connecting to {address}")
+            ) from error
         self.connected_at += 1
         self._client = client
         return client
+
+    def _most_telling(self, doing: str) -> SinkFault | SchemaError | None:
+        """Return what the driver has said: a login that was refused, else the last.
+
+        The server that refuses one closes at once, and often that is all that the driver sees.
+        """
+        faults = [fault(error, doing) for error in self._told]
+        refused = [each for each in faults if isinstance(each, SinkFault) and each.kind == "auth"]
+        return next(reversed(refused or faults), None)
 
     async def aclose(self) -> None:
         """Let go of the connection."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from nats.js.api import DiscardPolicy, StorageType
 
+from tracker_daemon.sink import STREAM_BITS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -111,12 +113,11 @@ def facts_of(partition: int, info: StreamInfo, subject: str) -> Facts:
 def identity(name: str, partitions: Sequence[Facts]) -> int:
     """Return a number for this stream, as a system identifier is one for a database, and never equal to one.
 
-    The upper half is of the name and the number of partitions, the lower of when they were made. Postgres begins its
-    own with the time, far above 2**48.
+    The upper half is of the name and the number of partitions, the lower of when they were made.
     """
     made = " ".join(each.created for each in partitions)
     halves = (blake2b(text.encode(), digest_size=_ID_BYTES).digest() for text in (f"{name}/{len(partitions)}", made))
-    return int.from_bytes(b"".join(halves)) | 1 << (16 * _ID_BYTES - 1)
+    return int.from_bytes(b"".join(halves)) | 1 << STREAM_BITS
 
 
 def hole(name: str, position: int, following: int) -> str:

@@ -154,7 +154,7 @@ class Partition:
                 try:
                     await self._follow()
                 except (Fenced, Remade) as lost:
-                    get_logger().info("partition_lost", stream=name, reason=str(lost))
+                    get_logger().info("partition_lost", stream=name, reason=_why(lost))
                     return
                 except TrackerError as error:
                     tries = 1 if self.place.position > before else tries + 1
@@ -328,3 +328,12 @@ class Partition:
                 raise Moved(f"the partition stands at {self.place.position}")
             # The last one applied stays: by it a log that went back is told.
             await self._broker.purge(self._number, until)
+
+
+def _why(lost: Fenced | Remade) -> str:
+    if isinstance(lost, Remade):
+        return str(lost)
+    return (
+        f"epoch {lost.found} has replaced this one's {lost.epoch}: another consumer has claimed the partition, or "
+        "`stream adopt` has set where it stands; it is claimed anew when it is free"
+    )
