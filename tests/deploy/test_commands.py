@@ -19,6 +19,7 @@ from tests.deploy.manifests import (
     ROOT,
     documents,
     of_layer,
+    pod_of,
     rendered,
     run,
     said,
@@ -111,6 +112,12 @@ def test_command(command: str, tmp_path: Path) -> None:
         plain = [word for word in words if not word.startswith("--") and word != "status"]
         kind, name = plain[0].split("/") if "/" in plain[0] else plain[:2]
         assert (kind, name) in names()
+    elif verb == "set":
+        place, container = words[1].split("/"), words[2].partition("=")[0]
+        made = [document for name in (*OVERLAYS, CONSUMERS) for document in documents(rendered(name))]
+        pods = [pod_of(each) for each in made if [each["kind"].lower(), each["metadata"]["name"]] == place]
+        assert pods
+        assert all(pod and container in [each["name"] for each in pod["containers"]] for pod in pods)
     else:
         assert verb == "get", f"nothing is known of `kubectl {verb}` here"
 
