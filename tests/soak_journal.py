@@ -15,6 +15,7 @@ Exit status 0: nothing missing, nothing doubled, and each kind of trouble was re
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import mmap
@@ -273,12 +274,20 @@ class KillSoak:
             status = victims.end(pid)
             assert status in (-signal.SIGKILL, 0), f"life {name} ended with {status}"
             self._until(lambda: not notes[Note.CHILD] or has_ended(notes[Note.CHILD]), notes)
+            self._until(self._is_free, notes)
             self._look(notes, name, kind, killed=status != 0, server=server if server.running else None)
         if restart is not None and restart.ident:
             restart.join()
         self._maybe_tear()
         if not server.running and (kind != "server away" or chance.random() < 0.6):
             server.start()
+
+    def _is_free(self) -> bool:
+        """Whether nobody holds the journal: a child that dies right behind its fork has its parent's lock until then."""
+        with suppress(FileNotFoundError, BlockingIOError), (self.journal / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return not (self.journal / "lock").exists()
 
     def _settings(self, kind: str) -> dict[str, Any]:
         chance = self.random
