@@ -83,7 +83,9 @@ NEEDED = [
 ]
 
 
-NEEDED_OF_FORKS = ["times taken over from dead children", "kills while taking over", "calls of children"]
+NEEDED_OF_FORKS = ["times taken over from dead children", "calls of children"]
+NEEDED_OF_MANY = ["kills while taking over"]
+"""Of runs with forks and a hundred kills: in a shorter one it may not come to that."""
 
 
 class Note(IntEnum):
@@ -404,6 +406,7 @@ class KillSoak:
 
     def _judge(self) -> bool:
         needed = NEEDED + (NEEDED_OF_FORKS if self.forks else [])
+        needed += NEEDED_OF_MANY if self.forks and self.kills >= 100 else []
         unmet = [name for name in needed if not self.met[name]]
         accepted = sum(map(sum, self.noted.values()))
         self.say("")
