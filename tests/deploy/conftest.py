@@ -16,7 +16,7 @@ from psycopg import sql
 
 from tests.deploy import report
 from tests.deploy.manifests import ROOT, known_path
-from tests.deploy.podman import Podman, make_daemon, make_podman, make_postgres, make_prometheus
+from tests.deploy.podman import Podman, make_daemon, make_nats, make_podman, make_postgres, make_prometheus
 from tests.helpers import running, wait_until
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.daemon.health import ask
@@ -163,3 +163,9 @@ def postgres_image(podman: Podman) -> str:
 def prometheus_image(podman: Podman) -> str:
     """The stand-in for Prometheus' image."""
     return make_prometheus(podman)
+
+
+@pytest.fixture(scope="session")
+def nats_image(podman: Podman) -> str:
+    """The stand-in for the image of the stream's brokers."""
+    return make_nats(podman)

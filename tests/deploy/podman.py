@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.deploy.manifests import FOLDER, ROOT, run
+from tests.deploy.manifests import FOLDER, ROOT, run, tool
 from tests.deploy.tools import promtool
 from tests.helpers import wait_until
 
@@ -34,6 +34,7 @@ IMAGES: Final = Path(__file__).parent / "images"
 PYTHON: Final = "docker.io/library/python:3.13-slim"
 POSTGRES: Final = "docker.io/library/postgres:18"
 PROMETHEUS: Final = "docker.io/prom/prometheus:v3.5.0"
+NATS: Final = "docker.io/library/nats:2.12"
 DAEMON: Final = "docker.io/library/tracker-daemon:0.1.0"
 
 _PROGRAMS: Final = ("podman", "buildah", "runc", "catatonit", "iptables")
@@ -313,6 +314,18 @@ def make_prometheus(podman: Podman) -> str:
         shutil.copy(promtool().resolve().with_name("prometheus"), context / "prometheus")
         podman.build(context, PROMETHEUS)
     return PROMETHEUS
+
+
+def make_nats(podman: Podman) -> str:
+    """Return the stand-in for the image of the stream's brokers, out of the wheel of the extra `dev`."""
+    server = tool("nats-server")
+    if not podman.has(NATS):
+        context = podman.folder / "nats"
+        shutil.rmtree(context, ignore_errors=True)
+        shutil.copytree(IMAGES / "nats", context)
+        shutil.copy(server, context)
+        podman.build(context, NATS)
+    return NATS
 
 
 def main() -> None:

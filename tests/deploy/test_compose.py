@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import httpx
 import pytest
-import yaml
 
-from tests.deploy.manifests import DEPLOY, tool
+from tests.deploy.compose import brought_up, images_of
+from tests.deploy.manifests import DEPLOY
 from tests.deploy.podman import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from tests.deploy.compose import Compose
     from tests.deploy.podman import Podman
 
 pytestmark = [
@@ -25,7 +22,6 @@ pytestmark = [
     pytest.mark.artefact("deploy/compose", "docker-compose", "podman", "runc", "prometheus"),
 ]
 
-PROJECT = "trackertest"
 # All but Grafana, of which there is nothing to stand in.
 JOBS = {"tracker-daemon", "chat-server"}
 SERVICES = ("postgres", "migrate", "daemon", "traffic", "prometheus")
@@ -35,110 +31,28 @@ SOONER = {
 }
 
 
-class Compose:
-    """The stack under compose, on podman's API."""
-
-    def __init__(self, podman: Podman, url: str, files: list[Path]) -> None:
-        self.podman, self._url = podman, url
-        self._command = [str(tool("docker-compose")), "--project-name", PROJECT]
-        for file in files:
-            self._command += ["--file", str(file)]
-
-    def __call__(self, *words: str) -> str:
-        """Run compose, which must succeed."""
-        done = subprocess.run(
-            [*self._command, *words],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-            env={**self.podman.environment, "DOCKER_HOST": self._url, "DOCKER_BUILDKIT": "0"},
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    def name(self, service: str) -> str:
-        """Return the container of *service*."""
-        return f"{PROJECT}-{service}-1"
-
-    def turns(self) -> int:
-        """Return how many turns the table shows."""
-        statement = "SELECT coalesce(sum(turn_count), 0) FROM conversations"
-        words = ("exec", self.name("postgres"), "psql", "-U", "chat", "-d", "chat", "-At", "-c", statement)
-        return int(self.podman(*words))
-
-    def ask(self, query: str) -> list[dict[str, Any]]:
-        """Return what Prometheus answers."""
-        url = f"http://{self.podman.address(self.name('prometheus'))}:9090/api/v1/query"
-        try:
-            answer = httpx.get(url, params={"query": query}, trust_env=False)
-        except httpx.HTTPError:
-            return []
-        found: list[dict[str, Any]] = answer.json()["data"]["result"]
-        return found
-
-    def value(self, query: str) -> float:
-        """Return the one value of *query*; 0 if there is none."""
-        found = self.ask(query)
-        return float(found[0]["value"][1]) if found else 0.0
-
-
-def quick(folder: Path) -> Path:
-    """Return what is different in the test: no ports of the machine, rules and scrapes that do not wait minutes."""
-    rules = (DEPLOY / "prometheus/rules.yml").read_text(encoding="utf-8")
-    for long, short in SOONER.items():
-        assert long in rules
-        rules = rules.replace(long, short)
-    config = (DEPLOY / "compose/prometheus.yml").read_text(encoding="utf-8")
-    assert config.count("_interval: 5s") == 2
-    (folder / "rules.yml").write_text(rules, encoding="utf-8")
-    (folder / "prometheus.yml").write_text(config.replace("_interval: 5s", "_interval: 1s"), encoding="utf-8")
-    override = folder / "override.yml"
-    override.write_text(
-        f"""\
-services:
-  daemon:
-    ports: !reset []
-  prometheus:
-    ports: !reset []
-    volumes:
-      - {folder}/prometheus.yml:/etc/prometheus/prometheus.yml:ro
-      - {folder}/rules.yml:/etc/prometheus/rules.yml:ro
-  grafana:
-    ports: !reset []
-""",
-        encoding="utf-8",
-    )
-    return override
-
-
 @pytest.fixture(scope="module")
 def compose(podman: Podman, daemon_image: str, postgres_image: str, prometheus_image: str) -> Iterator[Compose]:
     """The stack, up; down and without a trace at the end."""
     file = DEPLOY / "compose/compose.yml"
-    images = {service["image"] for service in yaml.safe_load(file.read_text(encoding="utf-8"))["services"].values()}
-    assert {image.split("/", 1)[1].removeprefix("library/") for image in (daemon_image, postgres_image)} <= images
-    assert prometheus_image.removeprefix("docker.io/") in images
-    folder = podman.folder / "compose"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    with podman.engine() as url, podman.ticking():
-        compose = Compose(podman, url, [file, quick(folder)])
-        try:
-            compose("up", "--detach", "--no-build", "--pull", "never", *SERVICES)
-            yield compose
-        finally:
-            compose("down", "--volumes", "--timeout", "5")
-    assert podman("ps", "--all", "--quiet", "--filter", f"name={PROJECT}") == ""
-    assert podman("volume", "ls", "--quiet", "--filter", f"name={PROJECT}") == ""
+    assert {daemon_image, postgres_image, prometheus_image} <= images_of(file)
+    with brought_up(podman, "trackertest", [file], SERVICES, SOONER) as compose:
+        yield compose
+
+
+def turns(compose: Compose) -> int:
+    """Return how many turns the table shows."""
+    statement = "SELECT coalesce(sum(turn_count), 0) FROM conversations"
+    words = ("exec", compose.name("postgres"), "psql", "-U", "chat", "-d", "chat", "-At", "-c", statement)
+    return int(compose.podman(*words))
 
 
 def test_traffic_reaches_the_table(compose: Compose) -> None:
     """After `up` the table is made, and the traffic's turns appear in it, more and more."""
-    assert compose.podman.inspect(compose.name("migrate"))["State"]["ExitCode"] == 0
-    eventually(lambda: compose.turns() > 0, "traffic")
-    seen = compose.turns()
-    eventually(lambda: compose.turns() > seen + 200, "more traffic")
+    assert compose.exit_code("migrate") == 0
+    eventually(lambda: turns(compose) > 0, "traffic")
+    seen = turns(compose)
+    eventually(lambda: turns(compose) > seen + 200, "more traffic")
 
 
 def test_recording_rules(compose: Compose) -> None:
@@ -167,8 +81,8 @@ def test_alert_when_the_database_stops(compose: Compose) -> None:
 def test_ends(compose: Compose) -> None:
     """`stop` ends traffic and daemon with status 0, and every call that was made is in the table."""
     compose("stop", "traffic")
-    state, log = compose.podman.inspect(compose.name("traffic"))["State"], compose.podman.log(compose.name("traffic"))
-    assert state["ExitCode"] == 0, log
+    log = compose.log("traffic")
+    assert compose.exit_code("traffic") == 0, log
     assert re.search(r"^APPLIED  [\d,]+ calls on \d+ conversations; 0 refused, set aside or lost$", log, re.MULTILINE)
     compose("stop", "daemon")
-    assert compose.podman.inspect(compose.name("daemon"))["State"]["ExitCode"] == 0
+    assert compose.exit_code("daemon") == 0, compose.log("daemon")
