@@ -26,8 +26,10 @@ LEASE = 3.0
 class Consuming:
     """A consumer in a thread of its own, with a loop of its own."""
 
-    def __init__(self, url: str, database: str, *, lease: float = LEASE, **following: Any) -> None:
-        self._url, self._database, self._lease = url, database, lease
+    def __init__(
+        self, url: str, database: str, *, lease: float = LEASE, table: str = TABLE[1], **following: Any
+    ) -> None:
+        self._url, self._database, self._lease, self._table = url, database, lease, (None, table)
         self._following = Following(**{"window": 0.05, "look_every": 0.2, **following})
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -40,7 +42,7 @@ class Consuming:
         def leases(partitions: int, name: UUID) -> Leases:
             return Leases(
                 Connector(self._database),
-                TABLE,
+                self._table,
                 stream=where.name,
                 partitions=partitions,
                 consumer=name,
@@ -50,7 +52,7 @@ class Consuming:
         self.consumer = Consumer(
             where,
             leases,
-            lambda: PartitionSink(Connector(self._database), TABLE),
+            lambda: PartitionSink(Connector(self._database), self._table),
             SystemClock(),
             self._following,
             lease=self._lease,

@@ -16,6 +16,7 @@ from nkeys import PREFIX_BYTE_USER, encode_seed
 from tests.helpers import wait_until
 from tests.stream.cluster import _free_ports, program
 from tests.stream.conftest import make_stream
+from tests.stream.test_sink import opened_broker
 from tracker_daemon.sink import SinkFault
 from tracker_daemon.stream.address import address
 from tracker_daemon.stream.broker import Broker
@@ -96,6 +97,25 @@ def test_a_login_that_every_server_refuses_is_told(tmp_path: Path) -> None:
         for process in started:
             process.kill()
             process.wait(30)
+
+
+def test_servers_without_jetstream_are_told() -> None:
+    """Where nobody answers for JetStream it is said what may be off, whatever is asked."""
+    [port] = _free_ports(1)
+    server = subprocess.Popen([program(), "--addr", "127.0.0.1", "--port", str(port)], stderr=subprocess.DEVNULL)
+
+    async def ask() -> None:
+        async with opened_broker(f"nats://127.0.0.1:{port}/x") as broker:
+            with pytest.raises(SinkFault, match="JetStream is off") as asked:
+                await broker.facts(0)
+            assert asked.value.kind == "connection"
+
+    try:
+        wait_until(lambda: _listens(port), "the server")
+        asyncio.run(ask())
+    finally:
+        server.kill()
+        server.wait(30)
 
 
 def _listens(port: int) -> bool:

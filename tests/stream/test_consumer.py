@@ -79,6 +79,31 @@ def test_consumers_share(stream: str, database: str) -> None:
     assert query(database, "SELECT count(*) FROM tracker_consumers") == [(0,)]
 
 
+def test_one_table_has_all_of_it(stream: str, database: str) -> None:
+    """A consumer with another table of the schema would get a part of the sums: it is refused, until it is adopted."""
+    run_migrate(database, None, "other")
+
+    def command(name: str) -> tuple[int, str]:
+        asked = ["stream", name, "--stream", stream, "--database", database, "--table", "other"]
+        done = CliRunner().invoke(command_line, asked)
+        return done.exit_code, done.output
+
+    with Consuming(stream, database) as one:
+        wait_until(lambda: owned(one) == {0, 1}, "both partitions")
+        with Consuming(stream, database, table="other") as other:
+            wait_until(lambda: "read into the table conversations" in faults(other), "the refusal")
+            publish(stream, uuid4(), 1, 2)
+            wait_until(lambda: total(database) == 1 + 4, "what was published")
+            assert (owned(one), owned(other)) == ({0, 1}, set())
+            code, said = command("status")
+            assert (code, "read into the table conversations" in said) == (1, True), said
+            assert command("adopt")[0] == 0
+            wait_until(lambda: owned(other) == {0, 1}, "the other table's consumer")
+            publish(stream, uuid4(), 3)
+            wait_until(lambda: query(database, "SELECT max(total_tokens) FROM other") == [(16,)], "the other table")
+    assert total(database) == 1 + 4
+
+
 def test_a_stream_made_anew_is_refused_until_adopted(stream: str, database: str) -> None:
     """A stream that was deleted and made again is not read, whether by who reads or by who comes; adopted, it is."""
     producer = uuid4()

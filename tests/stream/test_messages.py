@@ -6,12 +6,13 @@ from dataclasses import replace
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import NOW, costs, names
 from tracker_daemon.batch import Batch
 from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.journal import records
 from tracker_daemon.stream import messages
 from tracker_daemon.wire import Malformed
 
@@ -42,6 +43,7 @@ def merged(found: list[ThreadDelta]) -> dict[str, ThreadDelta]:
     return sums
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(deltas(), max_size=8, unique_by=lambda delta: delta.thread_id),
     st.integers(1, 5),
@@ -99,6 +101,9 @@ def good() -> messages.Message:
     ("headers", "body", "partition"),
     [
         ({"tracker-format": ""}, None, 0),
+        ({"tracker-format": "0"}, None, 0),
+        ({"tracker-format": "01"}, None, 0),
+        ({"tracker-format": "²"}, None, 0),
         ({"tracker-producer": "x"}, None, 0),
         ({"tracker-sequence": "0"}, None, 0),
         ({"tracker-epoch": "1"}, None, 0),
@@ -125,6 +130,24 @@ def test_what_no_database_can_hold(what: str) -> None:
     [[message]] = messages.encode("chat", Batch(PRODUCER, 0, 1, 1, (delta,)), 1)
     with pytest.raises(Malformed, match="can hold"):
         messages.decode(message.headers, message.body, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cost"),
+    [(b"9" * 4_000, b"0"), (b"0", b"NaN"), (b"0", b"1E+999999"), (b"0", b"1E-999999")],
+    ids=["tokens", "no number", "huge", "tiny"],
+)
+def test_numbers_that_cannot_be_summed(tokens: bytes, cost: bytes) -> None:
+    """A well-formed message with a number that no tracker takes is told, before a sum that fails holds its partition."""
+    head = records._DELTA.pack(records.DELTA, 0, 1, 0, 0, 1, 0, 0, 1, 0, len(tokens), len(cost), 0)
+    with pytest.raises(Malformed, match="can hold"):
+        messages.decode(good().headers, records.framed(head + b"t" + tokens + cost), 0)
+
+
+@pytest.mark.parametrize("words", ["²", "-1", "x", "9" * 5_000])
+def test_a_sequence_that_is_none(words: str) -> None:
+    """What somebody else published under a producer's subject says nothing of where that stands."""
+    assert messages.last_sequence({"Tracker-Sequence": words}) == 0
 
 
 def test_newer_format() -> None:

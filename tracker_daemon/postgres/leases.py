@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from tracker_daemon.errors import SchemaError, TrackerError
 from tracker_daemon.postgres.partitions import Place
 from tracker_daemon.postgres.sink import PostgresSink
+
+if TYPE_CHECKING:
+    from tracker_daemon.postgres.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,14 @@ class Leases(PostgresSink):
         await self._execute("partition_rows")
 
     async def beat(self) -> Standing:
-        """Say that this consumer is there, renew its leases, and return who reads what."""
+        """Say that this consumer is there, renew its leases, and return who reads what.
+
+        Raises:
+            SchemaError: the others read the stream into another table; it says what to do.
+        """
         await self.prepare()  # rows that somebody has truncated come back
+        if (words := await self.other_table()) is not None:
+            raise SchemaError(words)
         await self._execute("lease_beat")
         owned = await self._execute("lease_renew")
         free = await self._execute("lease_free")
@@ -72,6 +81,16 @@ class Leases(PostgresSink):
         return Standing(
             frozenset(row[0] for row in owned), tuple(row[0] for row in free), tuple(row[0] for row in members)
         )
+
+    async def other_table(self) -> str | None:
+        """Return what is said of a stream that is read into another table of the schema; `None`: it is not."""
+        for (table,) in await self._execute("partition_tables"):
+            return (
+                f"the stream {self._stream} is read into the table {table}: tables of one schema share its position, "
+                "and each would get a part. Give --table as the others have it, or one in a schema of its own; if "
+                "the table was renamed: tracker-daemon stream adopt --stream URL --database URL --table TABLE"
+            )
+        return None
 
     async def collect(self) -> None:
         """Forget producers that are gone."""
@@ -84,7 +103,7 @@ class Leases(PostgresSink):
             SchemaError: its position is of an earlier stream of that name, or is gone; it says what to do.
         """
         session = await self._connected()
-        names = {**self._names, "partition": partition, "created": created}
+        names = self._filled(session, partition=partition, created=created)
         producer = self._producer(created)
         try:
             with session.deadline(self._timeout):
@@ -163,15 +182,18 @@ class Leases(PostgresSink):
         """Let go of the connection."""
         await self._drop()
 
+    def _filled(self, session: Session, **more: Any) -> dict[str, Any]:
+        return {**self._names, "conversations": session.statements.table, **more}
+
     async def _execute(self, name: str, **more: Any) -> list[tuple[Any, ...]]:
         session = await self._connected()
         try:
             with session.deadline(self._timeout):
                 cursor = session.cursor()
-                await cursor.execute(session.statements[name], {**self._names, **more})
+                await cursor.execute(session.statements[name], self._filled(session, **more))
                 return await cursor.fetchall() if cursor.description else []
         except Exception as error:
             fault = await self._failed(session, error, "looking after the leases")
-            if getattr(error, "sqlstate", None) == "42P01":
+            if getattr(error, "sqlstate", None) in ("42P01", "42703"):
                 raise SchemaError(f"{fault}. To mend it: run `tracker-daemon migrate --database URL`") from error
             raise fault from error

@@ -24,10 +24,12 @@ def fault(error: BaseException, doing: str) -> SinkFault | SchemaError:  # noqa:
         return error
     words = " ".join(str(error).split()) or type(error).__name__
     text = f"{doing}: {words}"
+    # The driver's own, without a code, says that nobody has answered.
+    unanswered = isinstance(error, nats.js.errors.ServiceUnavailableError) and error.code is None
+    if unanswered or isinstance(error, nats.js.errors.NoStreamResponseError | nats.errors.NoRespondersError):
+        return SinkFault("connection", f"{doing}: no server leads the stream now, it is not there, or JetStream is off")
     if isinstance(error, nats.js.errors.APIError):
         return _of_the_api(error, text, doing)
-    if isinstance(error, nats.js.errors.NoStreamResponseError | nats.errors.NoRespondersError):
-        return SinkFault("connection", f"{doing}: no server leads the stream now, it is not there, or JetStream is off")
     if isinstance(error, Unencrypted):
         return SinkFault("auth", text)
     if isinstance(error, nats.errors.AuthorizationError) or "authorization" in words.lower():

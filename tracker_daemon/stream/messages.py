@@ -19,12 +19,15 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 from zlib import crc32
 
 from tracker_daemon import wire
 from tracker_daemon.batch import Batch
+from tracker_daemon.calls import COST_DIGITS_AFTER, COST_DIGITS_BEFORE
 from tracker_daemon.delta import ThreadDelta
 from tracker_daemon.journal.records import encode_sum
 
@@ -41,6 +44,10 @@ MOST_PARTITIONS: Final = 256
 _EARLIEST: Final = -62_135_596_800_000_000
 _LATEST: Final = 253_402_300_799_999_999
 """Of the years 1 to 9999, microseconds since 1970."""
+_MOST_TOKENS: Final = 2**127
+_MOST_COST_DIGITS: Final = 2 * COST_DIGITS_BEFORE
+"""Before the point. Far above what calls add up to, and far below where sums with others would fail."""
+_NEWER: Final = re.compile(r"[2-9]|[1-9][0-9]{1,8}")
 
 
 class Newer(Exception):  # noqa: N818 - says what is the case
@@ -145,16 +152,16 @@ def decode(headers: Mapping[str, str], body: bytes, partition: int) -> Batch:
     headers = {name.lower(): value for name, value in headers.items()}
     format_ = headers.get("tracker-format", "")
     if format_ != FORMAT:
-        if format_.isdigit():
+        if _NEWER.fullmatch(format_):
             raise Newer(f"the message has the format {format_}, this version knows {FORMAT}")
-        raise wire.Malformed("the header Tracker-Format is missing")
+        raise wire.Malformed(f"Tracker-Format must be {FORMAT}, got {format_[:80]!r}")
     batch = wire.decode_batch(headers, body, create_missing=True)
     if batch.epoch or batch.lane != lane_of(partition) or batch.sequence < 1:
         raise wire.Malformed(f"the identity {batch} does not belong into partition {partition}")
     for delta in batch.deltas:
         if not _is_storable(delta):
             raise wire.Malformed(
-                f"the thread {delta.thread_id!r:.80} has a NUL or an instant that no database can hold"
+                f"the thread {delta.thread_id!r:.80} has a NUL, an instant or a number that no database can hold"
             )
     return batch
 
@@ -166,13 +173,22 @@ def _is_storable(delta: ThreadDelta) -> bool:
     for at in (delta.first_at, delta.last_turn_at, delta.resolved_at):
         if at is not None and not _EARLIEST <= at <= _LATEST:
             return False
+    if not -_MOST_TOKENS < delta.tokens < _MOST_TOKENS:
+        return False
+    cost = Decimal(0) if delta.cost_rest is None else delta.cost_rest
+    exponent = cost.as_tuple().exponent
+    # In words, as NaN, the exponent of what is no number.
+    if not isinstance(exponent, int) or cost.adjusted() >= _MOST_COST_DIGITS or -exponent > COST_DIGITS_AFTER:
+        return False
     return not any("\0" in agent for agent in delta.agents)
 
 
 def last_sequence(headers: Mapping[str, str]) -> int:
     """Return the sequence in a message's headers; 0 if there is none."""
-    text = {name.lower(): value for name, value in headers.items()}.get("tracker-sequence", "")
-    return int(text) if text.isdigit() else 0
+    try:
+        return wire.sequence({name.lower(): value for name, value in headers.items()})
+    except wire.Malformed:
+        return 0
 
 
 def size_of(messages: Sequence[Sequence[Message]]) -> int:

@@ -115,6 +115,7 @@ async def status(address: Address, database: str | None, table: tuple[str | None
         leases = _leases(address, database, table, len(found))
         try:
             places, creations = await leases.places(_lanes(found)), await leases.creations()
+            table_is_another = await leases.other_table()
         finally:
             await leases.disconnect()
         for each in found:
@@ -122,6 +123,7 @@ async def status(address: Address, database: str | None, table: tuple[str | None
             faults = [*_faults(each), *await _refusals(broker, each, place, before)]
             if not is_read and each.last > (waits := each.first - 1 if place is None else place.position):
                 faults.append(f"{each.last - waits} messages wait, and no consumer reads it")
+            faults += [] if table_is_another is None else [table_is_another]
             seen.append(Seen(each, None if place is None else place.position, tuple(faults)))
     finally:
         await broker.aclose()
