@@ -26,7 +26,7 @@ TABLES = {
     "tracker_consumers",
     "tracker_migrations",
 }
-STEPS = "applied 0001_tables\napplied 0002_partitions\n"
+STEPS = "applied 0001_tables\napplied 0002_partitions\napplied 0003_one_table_a_stream\n"
 
 
 def run(*arguments: str, **environment: str) -> Result:
@@ -379,7 +379,7 @@ from tracker_daemon.operations import migrate
 print(asyncio.run(migrate({empty_database!r})), asyncio.run(migrate({empty_database!r}, "public.conversations")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == ("['0001_tables', '0002_partitions'] []\n", "")
+    assert (done.stdout, done.stderr) == ("['0001_tables', '0002_partitions', '0003_one_table_a_stream'] []\n", "")
     assert tables(empty_database) == TABLES
 
 

@@ -6,14 +6,12 @@
 -- and grew again has another message there.
 ALTER TABLE {ledger} ADD COLUMN IF NOT EXISTS applied_stamp text;
 
--- conversations: into which table the stream is read. It is one: all of a schema share the positions.
 CREATE TABLE IF NOT EXISTS {partitions} (
-    stream        text NOT NULL,
-    partition     smallint NOT NULL,
-    created       text,
-    owner         uuid,
-    expires_at    timestamptz NOT NULL DEFAULT 'epoch',
-    conversations text,
+    stream     text NOT NULL,
+    partition  smallint NOT NULL,
+    created    text,
+    owner      uuid,
+    expires_at timestamptz NOT NULL DEFAULT 'epoch',
     PRIMARY KEY (stream, partition)
 ) WITH (fillfactor = 50);
 
