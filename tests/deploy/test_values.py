@@ -24,6 +24,8 @@ SIDECAR = "mode=sidecar,chatServer.image=chat:1"
     [
         ("journal.sise=1Gi", "sise"),
         ("settings.FLUSH_INTERVALL=1", "FLUSH_INTERVALL"),
+        ("settings.LOG_LEVEL=verbose", "settings/LOG_LEVEL"),
+        ("settings.LOG_FORMAT=JSON", "settings/LOG_FORMAT"),
         ("mode=deamon", "mode"),
         ("port=0", "port"),
         ("image.digest=sha256:12", "digest"),
@@ -112,6 +114,18 @@ def test_numbers_and_files_of_the_host() -> None:
         assert {"name": "database-ca", "configMap": {"name": "database-ca"}} in pod["volumes"]
         (container,) = pod["containers"]
         assert {"name": "database-ca", "mountPath": "/etc/database", "readOnly": True} in container["volumeMounts"]
+
+
+@pytest.mark.artefact("deploy/helm, journal.yaml", "helm")
+def test_nodes_of_the_migration(tmp_path: Path) -> None:
+    """Where every node wants a toleration, the migration has it too: else no install and no upgrade ends."""
+    wanted = {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "dedicated", "operator": "Exists"}]}
+    values = tmp_path / "values.yaml"
+    values.write_text(json.dumps(wanted))
+    found = documents(helmed("journal", "--values", str(values)))
+    for pod in (pod_of(workload(found)), pod_of(only("Job", found))):
+        assert pod is not None
+        assert {name: pod[name] for name in wanted} == wanted
 
 
 @pytest.mark.artefact("deploy/helm, journal.yaml", "helm")
