@@ -218,8 +218,8 @@ class PostgresSink:
     async def _failed(self, session: Session, error: Exception, doing: str) -> SinkFault:
         """Drop the connection, and return the port's exception."""
         await self._drop()
-        if session.overdue:
-            return SinkFault("timeout", f"{doing}: no answer within {self._timeout:g} s")
+        if session.overdue is not None:
+            return SinkFault("timeout", f"{doing}: no answer within {session.overdue:.3g} s")
         fault = faults.fault(error, doing)
         # Bad data is dealt with where it is found; here the connection was lost while that was done.
         return SinkFault("connection", fault.message) if fault.kind == "data" and session.connection.broken else fault
