@@ -217,6 +217,7 @@ def test_close_while_the_server_is_deaf(
     with _bounded(30):
         report = tracker.close(0.5)
     assert (report.applied, report.lost) == (0, 1)
+    errors.wait_for(lambda error: "cut off, as the time for the shutdown had passed" in str(error))
     stats = tracker.stats()
     assert stats.accepted == stats.applied + stats.lost == 2
     assert set(sums(database)) >= {"a"}

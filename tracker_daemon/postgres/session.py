@@ -49,6 +49,8 @@ class Session:
         self.database = 0
         self.overdue: float | None = None
         """Seconds of the deadline that an exchange has passed, and with it the connection."""
+        self.aborted = False
+        """Whether it was severed by `abort`."""
 
     @classmethod
     async def open(
@@ -153,6 +155,11 @@ class Session:
 
     def _pass(self, seconds: float) -> None:
         self.overdue = max(seconds, 0.0)
+        self.sever()
+
+    def abort(self) -> None:
+        """Sever the connection, from any thread: the deadline of a shutdown has passed."""
+        self.aborted = True
         self.sever()
 
     def sever(self) -> None:
