@@ -175,6 +175,30 @@ def test_check_by_the_server_s_role(database: str) -> None:
         assert run("migrate", *options).output == "nothing is missing\n"
 
 
+def test_check_by_a_role_without_rights(database: str) -> None:
+    """Each right that the role lacks is told with the statement that gives it; by those the daemon's role can write."""
+    with a_role(database) as (admin, name):
+        options = ("--database", psycopg.conninfo.make_conninfo(database, user=name), "--check")
+        result = run("migrate", *options)
+        assert result.exit_code == 1
+        assert result.stdout.splitlines() == [
+            f'{name} lacks rights on public.{table}; as the owner: GRANT {rights} ON "public"."{table}" TO "{name}"'
+            for table, rights in [
+                ("conversations", "SELECT, INSERT, UPDATE"),
+                ("tracker_ledger", "SELECT, INSERT, UPDATE, DELETE"),
+                ("tracker_dead_letters", "SELECT, INSERT"),
+            ]
+        ]
+        for line in result.stdout.splitlines():
+            admin.execute(line.rpartition("as the owner: ")[2])
+        assert run("migrate", *options).exit_code == 0
+        admin.execute(f"REVOKE DELETE ON tracker_ledger FROM {name}; REVOKE UPDATE ON conversations FROM {name}")
+        admin.execute(f"GRANT UPDATE (turn_count) ON conversations TO {name}")
+        assert run("migrate", *options).stdout == (
+            f'{name} lacks rights on public.tracker_ledger; as the owner: GRANT DELETE ON "public"."tracker_ledger" TO "{name}"\n'
+        )
+
+
 def test_socket_in_no_directory() -> None:
     """A socket's directory that cannot be made is the setting's fault, named."""
     result = run("serve", "--database", "postgresql:///chat", "--listen", "unix:/proc/none/tracker.sock")

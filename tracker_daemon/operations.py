@@ -59,9 +59,9 @@ async def migrate(database: str, table: str | Table = "conversations", *, create
 
 
 async def missing(database: str, table: Table) -> tuple[list[str], str]:
-    """Return what the flush would stumble over and which steps are not applied, a sentence each, and what is not known.
+    """Return what a flush by this role would stumble over and which steps are not applied, and what is not known.
 
-    Changes nothing.
+    A sentence each. Changes nothing.
     """
     directory = database.removeprefix("embedded:")
     if directory != database and not (Path(directory) / "data" / "PG_VERSION").exists():
@@ -69,6 +69,7 @@ async def missing(database: str, table: Table) -> tuple[list[str], str]:
     async with _connection(database) as connection:
         name = await schema.find_schema(connection, *table)
         faults = await schema.faults_of(connection, name, table[1])
+        faults += await schema.rights_missing(connection, name, table[1])
         steps = await schema.steps_to_apply(connection, name, table[1])
         unknown = f"which steps are applied: {connection.info.user} may not read tracker_migrations" * (steps is None)
         return faults + [f"step {step} is not applied" for step in steps or ()], unknown

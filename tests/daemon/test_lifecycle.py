@@ -233,7 +233,9 @@ def test_log_level(database: str, folder: Path) -> None:
         assert "log_level_file must hold one of debug, info" in refused("--log-level-file", str(file), "--check-config")
     assert "log_level_file cannot be read" in refused("--log-level-file", str(folder / "none"))
     file.write_text("error\n")
-    with serving(database, "--log-level-file", str(file)) as daemon:
+    token = folder / "token"
+    token.write_text(TOKEN)
+    with serving(database, "--log-level-file", str(file), "--token-file", str(token)) as daemon:
         assert "listening" not in daemon.log
         file.write_text("info\n")
         daemon.signal(signal.SIGHUP)
@@ -242,6 +244,7 @@ def test_log_level(database: str, folder: Path) -> None:
         file.write_text("loud\n")
         daemon.signal(signal.SIGHUP)
         daemon.says("reload_failed")
+        token.unlink()  # does not keep the level
         file.write_text("warning\n")
         daemon.signal(signal.SIGHUP)
         daemon.says("log_level_changed to=warning")

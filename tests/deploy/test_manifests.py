@@ -147,6 +147,17 @@ def test_time_to_drain(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", each(DAEMONS))
+def test_room_for_what_is_held(name: str) -> None:
+    """The limit of memory has room for `MAX_PENDING` threads of 600 bytes: else the daemon is killed in an outage."""
+    found = documents(rendered(name))
+    pod = pod_of(workload(found))
+    assert pod is not None
+    limit = daemon_of(pod)["resources"]["limits"]["memory"]
+    held = int(settings_of(found).get("TRACKER_MAX_PENDING", "1000000"))
+    assert int(limit[:-2]) * {"Mi": 2**20, "Gi": 2**30}[limit[-2:]] >= 2**26 + 600 * held
+
+
+@pytest.mark.parametrize("name", each(DAEMONS))
 def test_secrets_are_files(name: str) -> None:
     """No secret is in the environment or in a ConfigMap; the files that the settings name are mounted."""
     found = documents(rendered(name))

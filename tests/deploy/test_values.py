@@ -24,6 +24,8 @@ SIDECAR = "mode=sidecar,chatServer.image=chat:1"
     [
         ("journal.sise=1Gi", "sise"),
         ("settings.FLUSH_INTERVALL=1", "FLUSH_INTERVALL"),
+        ("settings.LOG_LEVEL=verbose", "settings/LOG_LEVEL"),
+        ("settings.LOG_FORMAT=JSON", "settings/LOG_FORMAT"),
         ("mode=deamon", "mode"),
         ("port=0", "port"),
         ("image.digest=sha256:12", "digest"),
@@ -46,6 +48,8 @@ SIDECAR = "mode=sidecar,chatServer.image=chat:1"
             "settings.JOURNAL_QUOTA=3Gi",
             'settings.JOURNAL_QUOTA must be bytes, or with KiB, MiB or GiB (64MiB), not "3Gi"',
         ),
+        ("resources.limits.memory=512Mi", "memory, 512Mi, is too small for settings.MAX_PENDING, 1000000, of some 600"),
+        ("settings.MAX_PENDING=2000000", "at least 1209Mi, or fewer"),
         ("podDisruptionBudget.maxUnavailable=0", "podDisruptionBudget.maxUnavailable, 0, would keep every node"),
         ("podDisruptionBudget.maxUnavailable=0%", "podDisruptionBudget.maxUnavailable, 0%, would keep every node"),
         ("podDisruptionBudget.maxUnavailable=2,replicas=2", "maxUnavailable, 2, would let all 2 replicas go at once"),
@@ -75,6 +79,10 @@ def test_wrong_values(setting: str, message: str) -> None:
         "journal.size=1.5Gi",
         "journal.size=128Mi,settings.JOURNAL_QUOTA=64 mib",
         "journal.size=1Mi,journal.enabled=false",
+        "resources.limits.memory=637Mi",
+        "resources.limits.memory=512M,settings.MAX_PENDING=500000",
+        "resources.limits.memory=1209Mi,settings.MAX_PENDING=2000000",
+        "resources.limits=null",
         "podDisruptionBudget.maxUnavailable=1,replicas=2",
         "podDisruptionBudget.maxUnavailable=66%,replicas=3",
         "podDisruptionBudget.maxUnavailable=100%,replicas=1",
@@ -112,6 +120,18 @@ def test_numbers_and_files_of_the_host() -> None:
         assert {"name": "database-ca", "configMap": {"name": "database-ca"}} in pod["volumes"]
         (container,) = pod["containers"]
         assert {"name": "database-ca", "mountPath": "/etc/database", "readOnly": True} in container["volumeMounts"]
+
+
+@pytest.mark.artefact("deploy/helm, journal.yaml", "helm")
+def test_nodes_of_the_migration(tmp_path: Path) -> None:
+    """Where every node wants a toleration, the migration has it too: else no install and no upgrade ends."""
+    wanted = {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "dedicated", "operator": "Exists"}]}
+    values = tmp_path / "values.yaml"
+    values.write_text(json.dumps(wanted))
+    found = documents(helmed("journal", "--values", str(values)))
+    for pod in (pod_of(workload(found)), pod_of(only("Job", found))):
+        assert pod is not None
+        assert {name: pod[name] for name in wanted} == wanted
 
 
 @pytest.mark.artefact("deploy/helm, journal.yaml", "helm")

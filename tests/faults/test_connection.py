@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import psycopg
 import pytest
 
 from tests.digits import Digits
@@ -14,8 +15,10 @@ from tests.faults.harness import outcome, sums, tracking
 from tests.faults.proxy import Blackhole, Cut, CutAfter, Delay, Refuse
 from tests.helpers import PATIENCE
 from tracker_daemon import Tracker
+from tracker_daemon.postgres import many
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
+from tracker_daemon.sink import SinkFault
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -148,6 +151,22 @@ def test_deaf_server(
     assert digits.read(sums(database)).exact
 
 
+def test_deadline_that_passed_is_told(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon's question whether it could write says how long it waited, not how long a flush would."""
+    monkeypatch.setattr(many, "_PROBE", 0.25)
+
+    async def ask() -> None:
+        sink = many.ManySink(Connector(database), (None, "conversations"))
+        await sink.probe()
+        with psycopg.connect(database) as other:
+            other.execute("LOCK TABLE tracker_ledger IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(SinkFault, match=r"^asking the database: no answer within 0.25 s$"):
+                await sink.probe()
+        await sink.disconnect()
+
+    anyio.run(ask)
+
+
 def test_answer_later_than_the_deadline(
     proxy: FaultProxy, database: str, errors: Errors, registry: CollectorRegistry
 ) -> None:
@@ -198,6 +217,7 @@ def test_close_while_the_server_is_deaf(
     with _bounded(30):
         report = tracker.close(0.5)
     assert (report.applied, report.lost) == (0, 1)
+    errors.wait_for(lambda error: "cut off, as the time for the shutdown had passed" in str(error))
     stats = tracker.stats()
     assert stats.accepted == stats.applied + stats.lost == 2
     assert set(sums(database)) >= {"a"}

@@ -281,8 +281,9 @@ async def _serve(plan: Plan, options: Options, database: str, sockets: list[Any]
     parts.append(service)
 
     def reload() -> None:
+        # The level first: a token that cannot be read is when one wants more of the log. That is looked for by itself.
+        set_level(plan.level())
         if token is not None:
             token.reload()
-        set_level(plan.level())
 
     return await Process(service, sockets, plan.shutdown_timeout, plan.linger, reload).run()

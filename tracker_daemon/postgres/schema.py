@@ -51,6 +51,12 @@ DEAD_LETTER_COLUMNS: Final = (
     "error",
     "at",
 )
+WRITER_RIGHTS: Final = (
+    ("SELECT", "INSERT", "UPDATE"),
+    ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    ("SELECT", "INSERT"),
+)
+"""What a flush needs on the conversations, on the ledger and on the dead letters."""
 _PLAIN: Final = re.compile(r"[a-z_][a-z0-9_$]*")
 _LOCK: Final = 0x7472_6163_6B65_7264  # "trackerd": one migration at a time in a database
 
@@ -99,6 +105,26 @@ async def faults_of(connection: AsyncConnection[Any], schema: str, table: str) -
             found.append(f"table {schema}.{name} does not exist")
         else:
             found += [f"column {schema}.{name}.{c} is missing" for c in needed if c not in columns]
+    return found
+
+
+async def rights_missing(connection: AsyncConnection[Any], schema: str, table: str) -> list[str]:
+    """Return which rights this role lacks for the flush on the tables that exist, a sentence each, with the mend."""
+    role, found = connection.info.user, []
+    cursor = connection.cursor(row_factory=tuple_row)
+    for name, needed in zip((table, "tracker_ledger", "tracker_dead_letters"), WRITER_RIGHTS, strict=True):
+        await cursor.execute(
+            # Of some columns will do, where it is given for columns; DELETE is of tables alone.
+            "SELECT r FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace,"
+            " unnest(%s::text[]) WITH ORDINALITY AS needed (r, i) WHERE n.nspname = %s AND c.relname = %s"
+            " AND NOT CASE r WHEN 'DELETE' THEN has_table_privilege(c.oid, r)"
+            " ELSE has_any_column_privilege(c.oid, r) END"
+            " ORDER BY i",
+            [list(needed), schema, name],
+        )
+        if lacking := ", ".join(row[0] for row in await cursor.fetchall()):
+            where, who = sql.Identifier(schema, name).as_string(), sql.Identifier(role).as_string()
+            found.append(f"{role} lacks rights on {schema}.{name}; as the owner: GRANT {lacking} ON {where} TO {who}")
     return found
 
 

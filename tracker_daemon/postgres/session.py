@@ -47,8 +47,10 @@ class Session:
         self.pooled = False
         self.may_stage = False
         self.database = 0
-        self.overdue = False
-        """Whether the deadline of an exchange has passed, and with it the connection."""
+        self.overdue: float | None = None
+        """Seconds of the deadline that an exchange has passed, and with it the connection."""
+        self.aborted = False
+        """Whether it was severed by `abort`."""
 
     @classmethod
     async def open(
@@ -74,8 +76,8 @@ class Session:
                 await session._look(*table, timeout=timeout)
         except BaseException as error:
             await session.close()
-            if session.overdue:
-                raise TimeoutError(f"no answer within {timeout:g} s") from error
+            if session.overdue is not None:
+                raise TimeoutError(f"no answer within {session.overdue:.3g} s") from error
             raise
         return session
 
@@ -145,14 +147,19 @@ class Session:
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
         """Sever the connection when what is inside takes longer than *seconds*."""
-        handle = asyncio.get_running_loop().call_later(seconds, self._pass)
+        handle = asyncio.get_running_loop().call_later(seconds, self._pass, seconds)
         try:
             yield
         finally:
             handle.cancel()
 
-    def _pass(self) -> None:
-        self.overdue = True
+    def _pass(self, seconds: float) -> None:
+        self.overdue = max(seconds, 0.0)
+        self.sever()
+
+    def abort(self) -> None:
+        """Sever the connection, from any thread: the deadline of a shutdown has passed."""
+        self.aborted = True
         self.sever()
 
     def sever(self) -> None:

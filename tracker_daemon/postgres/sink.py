@@ -156,7 +156,7 @@ class PostgresSink:
         """See `Sink.abort`."""
         session = self._session
         if session is not None:
-            session.sever()
+            session.abort()
 
     async def aclose(self, producer: UUID, lane: int, *, clean: bool) -> None:
         """See `Sink.aclose`."""
@@ -218,8 +218,10 @@ class PostgresSink:
     async def _failed(self, session: Session, error: Exception, doing: str) -> SinkFault:
         """Drop the connection, and return the port's exception."""
         await self._drop()
-        if session.overdue:
-            return SinkFault("timeout", f"{doing}: no answer within {self._timeout:g} s")
+        if session.overdue is not None:
+            return SinkFault("timeout", f"{doing}: no answer within {session.overdue:.3g} s")
+        if session.aborted:  # the driver would say that the server has died
+            return SinkFault("connection", f"{doing}: cut off, as the time for the shutdown had passed")
         fault = faults.fault(error, doing)
         # Bad data is dealt with where it is found; here the connection was lost while that was done.
         return SinkFault("connection", fault.message) if fault.kind == "data" and session.connection.broken else fault

@@ -11,6 +11,7 @@
 {{- end }}
 {{- include "tracker-daemon.checkInterval" . }}
 {{- include "tracker-daemon.checkJournal" . }}
+{{- include "tracker-daemon.checkMemory" . }}
 {{- include "tracker-daemon.checkBudget" . }}
 {{- end }}
 
@@ -32,6 +33,16 @@
 {{- $need := divf (mulf (include "tracker-daemon.bytes" $quota) 11) 10 }}
 {{- if and .Values.journal.enabled (lt (include "tracker-daemon.bytes" $size | float64) $need) }}
 {{- fail (printf "journal.size, %s, is too small for settings.JOURNAL_QUOTA, %s: it must be a tenth larger, for what the file system needs itself; at least %.0fMi" $size $quota (ceil (divf $need 1048576))) }}
+{{- end }}
+{{- end }}
+
+{{/* A thread held takes some 600 bytes. Killed for want of memory a daemon is just when it holds most: the database is away. */}}
+{{- define "tracker-daemon.checkMemory" -}}
+{{- $limit := dig "limits" "memory" "" .Values.resources | include "tracker-daemon.plain" }}
+{{- $held := .Values.settings.MAX_PENDING | default "1000000" | include "tracker-daemon.plain" }}
+{{- $need := addf 67108864 (mulf 600 ($held | float64)) }}
+{{- if and (regexMatch "^[0-9.]+([kMGT]|[KMGT]i)?$" $limit) (lt (include "tracker-daemon.bytes" $limit | float64) $need) }}
+{{- fail (printf "resources.limits.memory, %s, is too small for settings.MAX_PENDING, %s, of some 600 bytes each: at least %.0fMi, or fewer" $limit $held (ceil (divf $need 1048576))) }}
 {{- end }}
 {{- end }}
 
