@@ -37,19 +37,29 @@ GUIDE = ROOT / "docs/upgrade.md"
 OWNER = "/etc/tracker-daemon/owner"
 
 
-@pytest.fixture
-def older_database(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The conninfo of a database with every migration but the last; with one migration only, that is none."""
+def made_by(steps: list[Any], conninfo: str) -> str:
+    """Apply these migrations alone; return the conninfo."""
 
     async def nothing(*_: Any) -> None:
         """Look for no fault: what this version wants further is what the older tables lack."""
 
-    if OLDER:
-        with monkeypatch.context() as patched:
-            patched.setattr(schema, "migrations", lambda: iter(OLDER))
-            patched.setattr(schema, "check", nothing)
-            run_migrate(empty_database)
-    return empty_database
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(schema, "migrations", lambda: iter(steps))
+        patched.setattr(schema, "check", nothing)
+        run_migrate(conninfo)
+    return conninfo
+
+
+@pytest.fixture
+def older_database(empty_database: str) -> str:
+    """The conninfo of a database with every migration but the last."""
+    return made_by(OLDER, empty_database)
+
+
+@pytest.fixture
+def first_database(empty_database: str) -> str:
+    """The conninfo of a database with the first migration alone."""
+    return made_by(OLDER[:1], empty_database)
 
 
 def columns(conninfo: str) -> dict[tuple[str, str], tuple[str, bool]]:
@@ -152,10 +162,10 @@ async def consume_as(conninfo: str) -> bool:
         await leases.disconnect()
 
 
-def test_rights_on_what_a_migration_makes(older_database: str) -> None:
+def test_rights_on_what_a_migration_makes(first_database: str) -> None:
     """By the guide's default privileges a role that only writes rows may write into newer tables; another may not."""
     (grant,) = re.findall(r"`(ALTER DEFAULT PRIVILEGES[^`]+)`", " ".join(GUIDE.read_text(encoding="utf-8").split()))
-    before = {table for table, _ in columns(older_database)}
+    before = {table for table, _ in columns(first_database)}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     on_older = [
         line for line, table in re.findall(r"^(GRANT .* ON (\w+) TO chat);", readme, re.MULTILINE) if table in before
@@ -163,13 +173,13 @@ def test_rights_on_what_a_migration_makes(older_database: str) -> None:
     assert len(on_older) > 2
     assert not before & {"tracker_partitions", "tracker_consumers"}
     writer, other = (f"role_{uuid4().hex[:12]}" for _ in range(2))
-    with psycopg.connect(older_database, autocommit=True) as connection:
+    with psycopg.connect(first_database, autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {writer} LOGIN; CREATE ROLE {other}")
         try:
             connection.execute(grant.replace("TO tracker", f"TO {writer}"))
             for line in on_older:
                 connection.execute(line.replace("TO chat", f"TO {writer}"))
-            run_migrate(older_database)
+            run_migrate(first_database)
             connection.execute(f"SET ROLE {other}")
             for statement in (*WRITES, *COPIES):
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -184,7 +194,7 @@ def test_rights_on_what_a_migration_makes(older_database: str) -> None:
                     assert cursor.rowcount == 1
             for statement in WRITES[2:]:
                 assert connection.execute(statement).rowcount == 2, statement
-            assert anyio.run(consume_as, psycopg.conninfo.make_conninfo(older_database, user=writer))
+            assert anyio.run(consume_as, psycopg.conninfo.make_conninfo(first_database, user=writer))
         finally:
             connection.execute("RESET ROLE")
             connection.execute(f"DROP OWNED BY {writer}; DROP ROLE {writer}; DROP ROLE {other}")
