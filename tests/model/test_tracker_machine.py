@@ -150,6 +150,7 @@ class Life:
         self.last_success = 0.0
         self.in_hand: tuple[ThreadDelta, ...] | None = None
         self.sent_at = 0.0
+        self.found_applied = False
         self.tries = self.regressions_in_a_row = 0
         self.hurried = False
 
@@ -237,7 +238,10 @@ class Life:
     def _look_at_name(self, producer: UUID, sequence: int | None) -> tuple[UUID, int]:
         """Return the name of the batch under way; if it is a new one, check who gives it."""
         if self.name is None:
-            self.in_hand, self.sent_at = self.backlog.head(), self.clock.monotonic()
+            self.in_hand = self.backlog.head()
+            # A batch that was in doubt and is found applied is no sign of life: the ledger's row is as old as its first try.
+            if not self.found_applied:
+                self.sent_at = self.clock.monotonic()
             assert self.in_hand is not None
             if self.rest:
                 self.rest -= 1
@@ -325,6 +329,7 @@ class Life:
             self._look_at_wait(answer, self.tries)
 
     def _applied(self, applied: Applied) -> None:
+        self.found_applied = applied.duplicate
         assert self.position is not None
         assert self.name is not None
         self.position = Opened(self.position.epoch, self.name[1])
@@ -844,6 +849,21 @@ BASE: Final = settings(
 TestTrackerMachine = TrackerMachine.TestCase
 TestTrackerMachine.__doc__ = "Fresh histories, others in every run."
 TestTrackerMachine.settings = settings(BASE, max_examples=100)
+
+
+def test_collected_behind_a_month_of_doubt() -> None:
+    """A batch in doubt for a month is found applied, which is no sign of life: the next one may find the row collected."""
+    unanswered = Outcome("unanswered", "connection")
+    state = TrackerMachine()
+    state.begin(max_batch_size=1, create_missing=True)
+    state.fork()
+    state.call(number=1, calls=[("turn", "t0")])
+    state.flush(number=1, opening=DONE, script=[unanswered])
+    state.idle(seconds=MONTH + DAY, wall=0)
+    state.call(number=0, calls=[("turn", "t0")])
+    state.work(number=1, calls=[("turn", "t0")], opening=DONE, script=[DONE])
+    state.teardown()
+    assert state.sink.met["LedgerMissing"]
 
 
 def kept_seeds() -> list[int]:
