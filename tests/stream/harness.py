@@ -6,6 +6,8 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
+import psycopg
+
 from tracker_daemon.clock import SystemClock
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.leases import Leases
@@ -73,3 +75,15 @@ class Consuming:
         self._loop.call_soon_threadsafe(self.consumer.stop)
         self._thread.join(60)
         assert not self._thread.is_alive()
+
+
+def fail_rows_of_bad(database: str) -> None:
+    """Make every row with the agent `bad` fail by an error that may be the table's as well: it is in doubt."""
+    with psycopg.connect(database) as connection:
+        connection.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF new.agents_used @> '{bad}' THEN PERFORM no_such_function(); END IF; RETURN new; END $$"
+        )
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON conversations FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )

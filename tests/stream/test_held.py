@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import psycopg
-
 from tests.helpers import query, wait_until
-from tests.stream.harness import Consuming
+from tests.stream.harness import Consuming, fail_rows_of_bad
 from tests.stream.test_consumer import publish
 from tests.stream.test_going_back import adopt, status
 from tests.stream.test_sink import total
@@ -26,14 +24,7 @@ def test_a_row_in_doubt_waits_for_one_behind_it(stream: str, database: str, trac
     """A lone row that fails as a table at fault does holds its partition, and says so, until another one goes through."""
     held = partition_of("worse", 2)
     name = next(f"t{number}" for number in range(99) if partition_of(f"t{number}", 2) == held)
-    with psycopg.connect(database) as connection:
-        connection.execute(
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " IF new.agents_used @> '{bad}' THEN PERFORM no_such_function(); END IF; RETURN new; END $$"
-        )
-        connection.execute(
-            "CREATE TRIGGER refuse BEFORE INSERT ON conversations FOR EACH ROW EXECUTE FUNCTION refuse()"
-        )
+    fail_rows_of_bad(database)
     tracker = trackers(stream, flush_interval=0.01)
     assert tracker.record_turn("worse", "bad", 1)
     tracker.flush(30)

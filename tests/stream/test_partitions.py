@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.conftest import run_migrate
 from tests.helpers import query
 from tests.strategies import NOW
+from tests.stream.harness import fail_rows_of_bad
 from tests.test_semantics import new_database
 from tracker_daemon.batch import Batch
 from tracker_daemon.delta import ThreadDelta
@@ -272,14 +273,7 @@ def test_bad_rows_among_many(database: str) -> None:
 
 def test_a_row_in_doubt_alone_in_its_message(database: str) -> None:
     """A message whose only row fails by what may be the table's fault is set aside once one behind it goes through."""
-    with psycopg.connect(database) as connection:
-        connection.execute(
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " IF new.agents_used @> '{bad}' THEN PERFORM no_such_function(); END IF; RETURN new; END $$"
-        )
-        connection.execute(
-            "CREATE TRIGGER refuse BEFORE INSERT ON conversations FOR EACH ROW EXECUTE FUNCTION refuse()"
-        )
+    fail_rows_of_bad(database)
 
     async def run() -> int:
         bad = Logged(1, Batch(PRODUCERS[1], LANE, 0, 1, (turn("worse", "bad"),)))

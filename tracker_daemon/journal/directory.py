@@ -126,7 +126,8 @@ class Directory:
             except JournalError:
                 if not new:  # another user's: told by whoever adopts
                     continue
-                place.rmdir()  # none can be had, as with no file descriptor left
+                with suppress(OSError):
+                    place.rmdir()  # none can be had, as with no file descriptor left
                 raise
             if lock:
                 self._places[place] = Place(lock)
