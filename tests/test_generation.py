@@ -72,7 +72,7 @@ def test_there_and_back(calls: list[Any]) -> None:
             delta.turn(f"new {number}", 1, 1, 0)
     assert [unpacked(row) for row in rows] == deltas
     assert [calls_of(row) for row in rows] == [delta.calls for delta in deltas]
-    assert earliest(deltas) == min(delta.first_at for delta in deltas)
+    assert earliest(rows_of(deltas)) == min(delta.first_at for delta in deltas)
 
 
 def test_deltas_are_a_sequence() -> None:

@@ -19,7 +19,8 @@ import anyio.lowlevel
 
 from tracker_daemon.backoff import PASSING, STANDING, Backoff
 from tracker_daemon.batch import Batch
-from tracker_daemon.delta import earliest
+from tracker_daemon.breath import Breath
+from tracker_daemon.delta import earliest, rows_of
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.generation import Generation
 from tracker_daemon.journal.directory import operation_of
@@ -54,6 +55,7 @@ _QUICK_TRIES_OF_OTHER: Final = 3
 _LETTERS_TOLD: Final = 10
 _LOOKED_AT: Final = 16
 _BREATH: Final = 1_000
+_PART: Final = 500  # rows looked at, or let go of, at once, the first time
 DAY: Final = 86_400.0
 SIGN_OF_LIFE: Final = 7 * DAY
 
@@ -98,6 +100,7 @@ class Applier:
         self._random = random = Random()  # noqa: S311 - jitter, and which deltas are looked at
         if isinstance(sink, Looks):
             sink.following = lambda batch: backlog.following(batch.deltas, _LOOKED_AT, random)
+        self._looking, self._letting_go = Breath(_PART), Breath(_PART)
         self._hurry: anyio.Event | None = None
         self._hurried = False
         self._signing: anyio.Event | None = None
@@ -282,7 +285,8 @@ class Applier:
     def _record(self, applied: Applied, deltas: Sequence[ThreadDelta], seconds: float, taken_at: int) -> None:
         numbers, now = self._numbers, self._clock.wall()
         # An instant that a client gave may be of any time: it tells nothing about when its call came.
-        oldest, taken = earliest(deltas) / 1e6, taken_at / 1e9
+        oldest = min(map(earliest, self._looking.parts(rows_of(deltas)))) / 1e6
+        taken = taken_at / 1e9
         since = oldest if not taken or taken <= oldest <= now else taken
         numbers.flushes["duplicate" if applied.duplicate else "ok"] += 1
         numbers.flush_seconds.observe(seconds)

@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from tracker_daemon.journal.windows import Window
     from tracker_daemon.sink import Applied
 
-# Rows let go of at once.
-_RELEASED: Final = 500
-_MOST_RELEASED: Final = 4_000
+# Rows settled at once, the first time.
+_SETTLED: Final = 200
 
 
 class Backlog(Intake):
@@ -72,7 +71,7 @@ class Backlog(Intake):
         # the queue alone may pass it, not less than a quarter: each window is a file.
         self._most_in_window = max(1, max_pending // 4, max_pending // 2 - max_queue_size)
         self._producer, self._next = uuid4(), 1
-        self._breath = Breath(_RELEASED, _MOST_RELEASED)
+        self._breath = Breath(_SETTLED)
 
     # -- the worker's side -------------------------------------------------------------------------
 
@@ -136,7 +135,10 @@ class Backlog(Intake):
                     journal.drop(segments)
                     return
             generation, self._window = self._window, Generation(create_missing=self.create_missing)
-            batches = deque(generation.batches(self.max_batch_size))
+            batches: deque[Deltas] = deque()
+            for batch in generation.batches(self.max_batch_size):
+                batches.append(batch)
+                self._breath.take()
             sealed = Sealed(generation, None, self.folded, generation.oldest_at, len(generation.deltas))
             sealed.batches = batches
             if journal is not None:
@@ -263,9 +265,7 @@ class Backlog(Intake):
             sealed = self.sealed[0]
             sealed.batches.popleft()
             sealed.settled += 1
-            self._totals.settle(batch, applied)
-            self._breath.take()
-            released = self._release(batch)
+            released = self._release(batch, applied)
             # In this order: until the room grows, whoever counts finds the released threads that wait again.
             self._moves += 1
             self._threads -= released
@@ -364,12 +364,14 @@ class Backlog(Intake):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _release(self, batch: Deltas) -> int:
-        """Let go of a settled batch; return of how many of its threads nothing more is held."""
+    def _release(self, batch: Deltas, applied: Applied) -> int:
+        """Count a settled batch and let go of it; return of how many of its threads nothing more is held."""
         generation = self.sealed[0].generation
         assert generation is not None  # it was the head
-        released = 0
+        released, dead = 0, applied.dead
+        self._totals.rows_skipped += applied.skipped
         for part in self._breath.parts(batch.rows):
+            self._totals.settle(part, dead)
             left = generation.release(part)
             for other in (*self._resident, self._window):
                 left = other.without(left)

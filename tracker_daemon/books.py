@@ -16,7 +16,7 @@ from tracker_daemon.delta import calls_of, rows_of
 from tracker_daemon.generation import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from tracker_daemon.delta import Row, ThreadDelta
     from tracker_daemon.generation import Record
@@ -85,16 +85,14 @@ class Totals:
     journaled: int = 0
     _recovering: Counter[str] = field(default_factory=Counter)
 
-    def settle(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
-        """The sink has *batch*."""
-        rows = rows_of(batch)
-        if dead := {letter.delta.thread_id: letter.reason for letter in applied.dead_letters}:
+    def settle(self, rows: Sequence[Row], dead: Mapping[str, str]) -> None:
+        """The sink has *rows*; *dead*: the threads of dead letters, and the reason of each."""
+        if dead:
             for row in rows:
                 if reason := dead.get(row[0]):
                     self.dead_lettered[reason] += calls_of(row)
-            rows = tuple(row for row in rows if row[0] not in dead)
+            rows = [row for row in rows if row[0] not in dead]
         _count(self.applied, rows)
-        self.rows_skipped += applied.skipped
 
     def recover(self, batches: Iterable[Iterable[ThreadDelta]]) -> None:
         """Count as accepted what an earlier life had accepted and this one is to apply.
@@ -110,8 +108,10 @@ class Totals:
     def settle_recovered(self, batch: Iterable[ThreadDelta], applied: Applied) -> None:
         """The sink has *batch*, of an earlier life."""
         if self._recovering.total():  # else given up meanwhile
-            self._recovering -= _count(Counter(), rows_of(batch))
-            self.settle(batch, applied)
+            rows = rows_of(batch)
+            self._recovering -= _count(Counter(), rows)
+            self.settle(rows, applied.dead)
+            self.rows_skipped += applied.skipped
 
     def set_aside(self) -> None:
         """What was recovered and cannot be applied stays in the journal."""

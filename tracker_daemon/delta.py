@@ -315,9 +315,9 @@ def rows_of(deltas: Iterable[ThreadDelta]) -> tuple[Row, ...]:
     return deltas.rows if isinstance(deltas, Deltas) else tuple(map(packed, deltas))
 
 
-def earliest(deltas: Iterable[ThreadDelta]) -> int:
-    """Return the earliest instant of *deltas*, of which there is one at least."""
-    return int(min(map(_FIRST_AT, rows_of(deltas))))
+def earliest(rows: Iterable[Row]) -> int:
+    """Return the earliest instant of *rows*, of which there is one at least."""
+    return int(min(map(_FIRST_AT, rows)))
 
 
 _SHOWN = (

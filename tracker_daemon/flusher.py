@@ -51,6 +51,9 @@ class Flusher(Recovery):
                 batch = Batch(name[0], self.lane, 0, name[1], deltas, backlog.create_missing)
                 applied = await self._apply(batch, backlog.head_oldest_at)
                 window = backlog.settle(deltas, applied)
+                rows = list(deltas.rows)
+                del batch, deltas
+                self._letting_go.let_go(rows)
                 if self._journal is not None and window is not None:
                     self._journal.applied(window)
                 if self._in_doubt:

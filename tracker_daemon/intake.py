@@ -251,6 +251,8 @@ class Intake:
         self._resident = resident
         if not self._resident:
             self._threads = len(self._window.deltas)
+        elif len(resident) == 1 and not (self._window.deltas or resident[0].followers):
+            self._threads = len(resident[0].deltas)
         elif self._journal is not None:
             rest = self._resident[0].deltas.keys() | self._resident[0].followers.keys()
             for generation in (*self._resident[1:], self._window):

@@ -137,6 +137,11 @@ class Applied:
     duplicate: bool = False
     dead_letters: tuple[DeadLetter, ...] = ()
 
+    @property
+    def dead(self) -> dict[str, DeadReason]:
+        """Why each thread of a dead letter is one."""
+        return {letter.delta.thread_id: letter.reason for letter in self.dead_letters}
+
 
 @runtime_checkable
 class Sink(Protocol):

@@ -30,6 +30,7 @@ from tracker_daemon.breath import Breath
 from tracker_daemon.journal_keeper import JournalKeeper
 from tracker_daemon.late_executor import LateExecutor
 from tracker_daemon.logs import get_logger
+from tracker_daemon.young_rows import YoungRows
 
 if TYPE_CHECKING:
     import asyncio
@@ -43,9 +44,8 @@ if TYPE_CHECKING:
     from tracker_daemon.flusher import Flusher
     from tracker_daemon.journal.journal import Journal
 
-# Calls folded at once: beside an idle host, beside a busy one, and when the queue is full.
-_CHUNK: Final = 125
-_LARGEST_CHUNK: Final = 2_000
+# Calls folded at once: the first time, and when the queue is full.
+_CHUNK: Final = 60
 _FULL_CHUNK: Final = 20_000
 _WHILE: Final = 0.001
 _FILLING: Final = 0.25
@@ -92,7 +92,7 @@ class Worker:
                 import_module(module)
         self._backlog, self._make_flusher, self._clock = backlog, make_flusher, clock
         self._on_start, self._journal = on_start, journal
-        self._breath = Breath(_CHUNK, _LARGEST_CHUNK)
+        self._breath, self._young = Breath(_CHUNK), YoungRows()
         self._keeper = None if journal is None else JournalKeeper(backlog, journal, clock, self._on_wake)
         self._flush_interval = flush_interval
         self.finished: Future[DrainReport] = Future()
@@ -269,7 +269,8 @@ class Worker:
             if idle_looks:
                 seen_empty = now
             part = self._part()
-            drained = backlog.drain(part)
+            drained = self._breath.measured(backlog.drain, part)
+            self._young.made(drained, backlog.window_threads, hurry=self._breath.is_held_up)
             backlog.open_gate(wide=bool(backlog.queue))
             if self.halted is not None:
                 backlog.close()  # what will never be written is not accepted

@@ -110,7 +110,7 @@ class RelayBooks:
     def _count(self, hand: Hand, batch: Batch, answer: Applied) -> None:
         applied = hand.calls.copy()
         self._skipped += answer.skipped
-        dead = {letter.delta.thread_id: letter.reason for letter in answer.dead_letters}
+        dead = answer.dead
         for delta in batch.deltas if dead else ():
             if reason := dead.get(delta.thread_id):
                 self._dead[reason] += delta.calls

@@ -50,7 +50,7 @@ class Lanes:
     def __init__(self, connector: Connector, table: tuple[str | None, str], lanes: int = 1) -> None:
         self._first = _Opener(connector, table, lanes)
         self._sinks: list[PostgresSink] = [self._first, *(PostgresSink(connector, table) for _ in range(lanes - 1))]
-        self._breath = Breath(_PART, _PART)
+        self._breath = Breath(_PART)
         self._whole: Batch | None = None
         self.following: Callable[[Batch], Sequence[ThreadDelta]] = lambda _: ()
         """See `Looks`."""
@@ -64,6 +64,12 @@ class Lanes:
     async def apply(self, batch: Batch) -> Applied:
         """See `Sink.apply`."""
         self._whole = batch
+        try:
+            return await self._apply(batch)
+        finally:
+            self._whole = None  # its rows are let go of elsewhere, part by part
+
+    async def _apply(self, batch: Batch) -> Applied:
         standing = self._first.standing(batch.producer)
         if len(standing) == 1:
             return await self._first.apply(batch)

@@ -41,9 +41,11 @@ if TYPE_CHECKING:
 
 # Below it COPY is not faster than arrays.
 COPY_FROM: Final = 5_000
-# Deltas encoded at once.
-_PART: Final = 250
-_LARGEST_PART: Final = 4_000
+# Deltas encoded at once, the first time.
+_PART: Final = 125
+# Arrays are made for twice as long at a time as other work is done, seconds: the server waits for them. Of a COPY it
+# reads what it has while the worker sleeps.
+_HOLD: Final = 0.000_2
 _MOST_TIMEOUT: Final = 600.0
 _CLOSE_TIMEOUT: Final = 2.0
 _PROBES: Final = 16
@@ -74,7 +76,7 @@ class PostgresSink:
         self._session: Session | None = None
         self._last: dict[tuple[UUID, int], Opened] = {}
         self._in_doubt = Doubts()
-        self._breath = Breath(_PART, _LARGEST_PART)
+        self._checking, self._staging, self._listing = Breath(_PART), Breath(_PART), Breath(_PART, _HOLD)
         self._random = Random()  # noqa: S311 - which rows are tried first
         self.following: Callable[[Batch], Sequence[ThreadDelta]] = lambda _: ()
         """See `Looks`."""
@@ -244,12 +246,12 @@ class PostgresSink:
     def _by_copy(self, session: Session, deltas: Sequence[ThreadDelta]) -> bool:
         if len(deltas) < self._copy_from or not session.may_stage:
             return False
-        return all(map(encoding.fits_stage, self._breath.parts(rows_of(deltas))))
+        return all(map(encoding.fits_stage, self._checking.parts(rows_of(deltas))))
 
     async def _flush_arrays(self, session: Session, batch: Batch) -> Applied:
         cursor = session.cursor()
         arrays = encoding.Arrays()
-        for part in self._breath.parts(rows_of(batch.deltas)):
+        for part in self._listing.parts(rows_of(batch.deltas)):
             arrays.add(part)
         parameters = {**_key(batch), **arrays.parameters()}
         if session.pooled:
@@ -270,7 +272,7 @@ class PostgresSink:
         rows = encoding.StageRows()
         async with cursor.copy("COPY tracker_stage_v1 FROM STDIN (FORMAT BINARY)") as copy:
             await copy.write(encoding.COPY_HEADER)
-            for part in self._breath.parts(rows_of(batch.deltas)):
+            for part in self._staging.parts(rows_of(batch.deltas)):
                 await copy.write(rows.block(part))
             await copy.write(encoding.COPY_END)
         # After the COPY: while the server waits for its rows no deadline runs there, and when the network goes then,
