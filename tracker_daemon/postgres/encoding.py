@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 from functools import cache
-from operator import itemgetter
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
@@ -166,10 +165,11 @@ def _rest(row: Row) -> bool:
 
 def fits_stage(rows: Sequence[Row]) -> bool:
     """Say whether every one of *rows* fits the columns of sql/stage.sql."""
+    ids, _, tokens, units, _, _, _, _, rares = zip(*rows, strict=True)
     return (
-        max(map(len, map(itemgetter(0), rows))) <= STAGE_NAME
-        and all(min(map(of, rows)) > -_BIGINT and max(map(of, rows)) < _BIGINT for of in map(itemgetter, (2, 3)))
-        and not any(map(_rest, rows))
+        max(map(len, ids)) <= STAGE_NAME
+        and all(min(column) > -_BIGINT and max(column) < _BIGINT for column in (tokens, units))
+        and not (any(rares) and any(map(_rest, rows)))
     )
 
 
@@ -180,30 +180,43 @@ def _stage_row(*, turned: bool, named: bool, resolved: bool) -> Struct:
     return Struct(f">i?iq{last}iq{agents}iqiq{'iiiq' if resolved else 'ii'}")
 
 
+@cache
+def _ordinary_row(size: int) -> Callable[..., bytes]:
+    """Return what packs a whole row of a thread_id of so many bytes with a turn, an agent and no resolution.
+
+    As few values as can be, for each of them costs: what stands between two columns is one string of bytes with what is
+    known of them, and the two lengths at the end are one integer.
+    """
+    return Struct(f">6s{size}s9sqiqiq12sqiqq").pack
+
+
 class StageRows:
     """Deltas as rows of sql/stage.sql in COPY's binary format; the distinct names are complete once all are made."""
 
     def __init__(self) -> None:
         self._agents, self._resolutions = Numbering(_names), Numbering(_name)
+        self._agent_columns: dict[object, bytes] = {}
 
     def block(self, rows: Sequence[Row]) -> bytes:
         """Return *rows*, one behind the other."""
-        head, pack = _HEAD.pack, _stage_row(turned=True, named=True, resolved=False).pack
-        known, number = self._agents.numbers, self._agents.new
-        made: list[bytes] = []
+        columns, made = self._agent_columns, list[bytes]()
+        add = made.append
         for row in rows:
             thread_id, turns, tokens, units, first, last, agents, ensures, rare = row
             name = thread_id.encode()
+            size = len(name)
             if last is None or agents is None or rare is not None or type(agents) is dict:
-                made += (head(10, len(name)), name, self._unusual(row))
+                add(b"".join((_heads(size), name, self._unusual(row))))
                 continue
-            agent = known.get(agents) or number(agents)
-            made += (
-                head(10, len(name)),
-                name,
-                pack(1, ensures > 0, 8, first, 8, last, 8, turns, 4, agent, 8, tokens, 8, units, -1, -1),
-            )
+            agent = columns.get(agents) or self._agent_column(agents)
+            flag = _FLAGS[ensures > 0]
+            add(_ordinary_row(size)(_heads(size), name, flag, first, 8, last, 8, turns, agent, tokens, 8, units, -1))
         return b"".join(made)
+
+    def _agent_column(self, agents: object) -> bytes:
+        """Return the agents' number, with its length and that of the column behind it."""
+        made = self._agent_columns[agents] = Struct(">iii").pack(4, self._agents.new(agents), 8)
+        return made
 
     def _unusual(self, row: Row) -> bytes:
         _, turns, tokens, units, first, last, agents, ensures, rare = row
@@ -222,4 +235,11 @@ class StageRows:
         return {"agent_lists": self._agents.array(), "resolutions": self._resolutions.array()}
 
 
-_HEAD: Final = Struct(">hi")
+@cache
+def _heads(size: int) -> bytes:
+    """Return what stands before a thread_id: how many columns follow, and its length."""
+    return Struct(">hi").pack(10, size)
+
+
+# The column `ensured` with its length and that of the column behind it.
+_FLAGS: Final = tuple(Struct(">i?i").pack(1, flag, 8) for flag in (False, True))
