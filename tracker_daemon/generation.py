@@ -95,6 +95,8 @@ class Generation:
             on_new: called with each thread that is new here, right after it is.
             counts: what was added by kind is counted here, also when an exception comes in between.
         """
+        # Each step of the loop counts: no comparison is in a chain, in which the interpreter has no quick way for two
+        # floats; `round` and `min` cost twice what they do here.
         deltas, simple, turns_added = self.deltas, self.create_missing, 0
         get, slowly = deltas.get, self._fold_slowly
         try:
@@ -106,8 +108,8 @@ class Generation:
                     continue
                 thread_id, agent, tokens, cost, at = record
                 at //= 1_000
-                if type(cost) is float and -_EXACT_BELOW < cost < _EXACT_BELOW:
-                    units = round(cost * _FLOAT_UNITS)
+                if type(cost) is float and cost < _EXACT_BELOW and cost > -_EXACT_BELOW:
+                    units = (cost * _FLOAT_UNITS).__round__()
                     ordinary = units / _FLOAT_UNITS == cost
                 else:
                     units = cost * _UNITS if (ordinary := type(cost) is int) else 0
