@@ -238,6 +238,8 @@ def tell(run: Run, nothing: float) -> None:
     peers.remove("record_turn with a journal")
     beside = {name: run.ratio(name, "record_turn", nothing) for name in peers}
     told = ", ".join(f"{name.split()[0]} {ratio:.1f}×" for name, ratio in beside.items())
+    if missing := run.series.get("absent"):
+        told += f"; not installed: {', '.join(missing)}"
     run.goal(
         2,
         "what others cost beside it",

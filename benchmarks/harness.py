@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -163,9 +164,18 @@ def started(file: str, how: str | None) -> Run:
     """Return the run of the file *file*, as the command line asks for it."""
     parser = argparse.ArgumentParser(description=how)
     parser.add_argument("--quick", action="store_true", help="Tiny sizes, one round: only to see that it runs.")
-    parser.add_argument("--results", type=Path, default=Path(file).parent / "results", help="Where the JSON goes.")
+    parser.add_argument(
+        "--results", type=Path, help="Where the JSON goes: results/ beside this file, with --quick nowhere that stays."
+    )
     given = parser.parse_args()
-    return Run(Path(file).stem, " ".join((how or "").split()), given.quick, given.results)
+    return Run(Path(file).stem, " ".join((how or "").split()), given.quick, folder(given.results, quick=given.quick))
+
+
+def folder(given: Path | None, *, quick: bool) -> Path:
+    """Return where results go: what is no figure never into the place of those that are, unless told."""
+    if given is None:
+        return Path(tempfile.mkdtemp(prefix="quick-")) if quick else Path(__file__).parent / "results"
+    return given
 
 
 def percentile(values: Sequence[float], share: float) -> float:

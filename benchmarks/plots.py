@@ -91,9 +91,10 @@ PICTURES: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
 def main() -> None:
     """Draw what there is data for."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a benchmark; all of them without")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    folder = parser.parse_args().results
-    found = results(folder)
+    given = parser.parse_args()
+    folder, found = given.results, results(given.results, given.names)
     for name, (source, draw) in PICTURES.items():
         if source not in found:
             continue

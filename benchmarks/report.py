@@ -1,17 +1,24 @@
-"""One table of all goals, from the JSON files of whatever was run; `--markdown` as the README has it."""
+"""One table of the goals, from the JSON files of whatever was run; `--markdown` as the documentation has it.
+
+python benchmarks/report.py [NAME …] [--results DIR] [--markdown]
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def results(folder: Path) -> dict[str, Any]:
-    """Return what every benchmark wrote, by its name; results of another form have no goals of the table."""
+def results(folder: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what these benchmarks wrote, or all; results of another form have no goals of the table."""
     found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json")))
-    return {each["name"]: each for each in found if isinstance(each, dict) and "goals" in each}
+    made = {each["name"]: each for each in found if isinstance(each, dict) and "goals" in each}
+    return {name: each for name, each in made.items() if not names or name in names}
 
 
 def table(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -24,22 +31,24 @@ def settings(found: dict[str, Any]) -> str:
     """Return under what it was measured, in a line."""
     some = next((each for each in found.values() if each["database"]), next(iter(found.values())))
     days = sorted({each["taken_at"][:10] for each in found.values()})
-    database = ", ".join(f"{name}={value}" for name, value in some["database"].items() if name != "server_version")
-    versions, machine = some["versions"], some["machine"]
-    server = some["database"].get("server_version", "?")
-    return (
-        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, {machine['cores']} cores ({machine['processor']}), Python "
-        f"{versions['python']}, PostgreSQL {server}, {database}, psycopg {versions.get('psycopg', '?')}"
-    )
+    versions, machine, database = some["versions"], some["machine"], some["database"].copy()
+    days_told = " to ".join(dict.fromkeys((days[0], days[-1])))
+    told = f"{days_told}, {machine['cores']} cores ({machine['processor']}), Python {versions['python']}"
+    if not database:
+        return told
+    server = database.pop("server_version", "?")
+    rest = "".join(f", {name}={value}" for name, value in database.items())
+    return f"{told}, PostgreSQL {server}{rest}, psycopg {versions.get('psycopg', '?')}"
 
 
 def main() -> None:
     """Print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a benchmark; all of them without")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--markdown", action="store_true")
     given = parser.parse_args()
-    found = results(given.results)
+    found = results(given.results, given.names)
     if not found:
         raise SystemExit(f"{given.results} has no results: run the benchmarks first")
     rows = table(found)

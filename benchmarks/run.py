@@ -1,4 +1,4 @@
-"""Run the comparisons named, or all of them, each in a process of its own; then the table and the pictures of all results.
+"""Run the comparisons named, or all of them, each in a process of its own; then their table and their pictures.
 
 python benchmarks/run.py [NAME …] [--quick] [--results DIR]
 """
@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from harness import folder
 
 HERE = Path(__file__).parent
 NAMES = (
@@ -31,13 +33,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--quick", action="store_true", help="Tiny sizes, one round: only to see that all of it runs.")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument(
+        "--results", type=Path, help="default: results/ beside this file, with --quick a temporary folder"
+    )
     given = parser.parse_args()
     if unknown := sorted({*given.names} - {*NAMES}):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    options = ["--results", str(given.results)]
+    names = given.names or NAMES
+    options = ["--results", str(folder(given.results, quick=given.quick))]
     began, failed = time.monotonic(), []
-    for name in given.names or NAMES:
+    for name in names:
+        print(f"-- {name}", flush=True)
         command = [sys.executable, str(HERE / f"{name}.py"), *options, *(["--quick"] if given.quick else [])]
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
@@ -45,7 +51,7 @@ def main() -> None:
     failed += [
         script
         for script in ("plots", "report")
-        if subprocess.run([sys.executable, str(HERE / f"{script}.py"), *options], check=False).returncode
+        if subprocess.run([sys.executable, str(HERE / f"{script}.py"), *options, *names], check=False).returncode
     ]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

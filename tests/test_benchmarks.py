@@ -52,3 +52,18 @@ def test_the_results_kept_are_whole() -> None:
     assert kept
     assert not any(each["quick"] for each in kept)
     assert {goal["order"] for each in kept for goal in each["goals"]} == set(range(1, 14))
+
+
+def test_a_quick_run_is_no_result() -> None:
+    """What is run only to see that it runs does not take the place of what was measured."""
+    kept = {file: file.read_bytes() for file in (BENCHMARKS / "results").iterdir()}
+    run("memory", "--quick")
+    assert {file: file.read_bytes() for file in (BENCHMARKS / "results").iterdir()} == kept
+
+
+def test_a_table_of_some(tmp_path: Path) -> None:
+    """What was run alone is told alone, not among results of another day."""
+    for name in ("memory", "commit_lag"):
+        run(name, "--quick", "--results", str(tmp_path))
+    assert "memory of a pending thread" in run("report", "memory", "--results", str(tmp_path))
+    assert "from call to commit" not in run("report", "memory", "--results", str(tmp_path))
