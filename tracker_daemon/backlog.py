@@ -360,7 +360,8 @@ class Backlog(Intake):
             oldest = self.sealed[0].oldest_at if self.sealed else self._window.oldest_at
             oldest = oldest or next((self._taken_at() or record[-1] for record in waiting), 0)
             stored = sum(sealed.threads for sealed in self.sealed if sealed.generation is None)
-            return self._totals.reading(waiting, self._threads + len(unseen) + stored, oldest)
+            uncounted = [*self.queue.folding, *waiting]
+            return self._totals.reading(uncounted, self._threads + len(unseen) + stored, oldest)
 
     # -- inside ------------------------------------------------------------------------------------
 

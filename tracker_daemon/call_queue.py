@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import deque
 from contextlib import suppress
 from itertools import chain, compress, islice, repeat, starmap
+from operator import length_hint
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sized
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 
     from tracker_daemon.generation import Record
 
@@ -41,11 +42,17 @@ class Calls(Protocol):
         """Return the calls that wait, in order."""
         ...
 
+    @property
+    def folding(self) -> Collection[Record]:
+        """Return calls that are taken off, and folded, and not counted yet as folded."""
+        ...
+
 
 class CallQueue(deque["Record"]):
     """A deque; `append` is the whole cost of a call here."""
 
     on_disk = False
+    _part: tuple[list[Record], Iterator[Record]] | None = None
 
     def drain(
         self,
@@ -56,12 +63,25 @@ class CallQueue(deque["Record"]):
     ) -> int:
         """Fold at most *limit* calls; return how many. A call is folded before it is taken off."""
         part = self._first(limit)
-        # With each record but the first the one before is taken off (and is true, as what lets this one through). In
-        # Python it would cost a third of what the folding itself does.
-        fold_all(compress(part, chain((True,), starmap(self.popleft, repeat(())))))
-        if part:
-            self.popleft()
+        following = iter(part)
+        self._part = part, following
+        try:
+            # With each record but the first the one before is taken off (and is true, as what lets this one through).
+            # In Python it would cost a third of what the folding itself does.
+            fold_all(compress(following, chain((True,), starmap(self.popleft, repeat(())))))
+            if part:
+                self.popleft()
+        finally:
+            self._part = None
         return len(part)
+
+    @property
+    def folding(self) -> list[Record]:
+        """Those of the part under way that are taken off: for a finalizer that looks in amid the fold."""
+        if self._part is None:
+            return []
+        part, following = self._part
+        return part[: max(0, len(part) - length_hint(following) - 1)]
 
     def _first(self, limit: int) -> list[Record]:
         """Return the calls at the head, which stay."""

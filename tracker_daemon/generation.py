@@ -92,19 +92,19 @@ class Generation:
 
         Args:
             records: each is in, whole, when the next one is asked for.
-            on_new: called with each thread that is new here, right after it is.
+            on_new: called with each thread that is new here, right before it is: what it raises leaves the call out.
             counts: what was added by kind is counted here, also when an exception comes in between.
         """
         # Each step of the loop counts: no comparison is in a chain, in which the interpreter has no quick way for two
         # floats; `round` and `min` cost twice what they do here.
         deltas, simple, turns_added = self.deltas, self.create_missing, 0
-        get, slowly = deltas.get, self._fold_slowly
+        get, slowly, others = deltas.get, self._fold_slowly, list[str]()
         try:
             for record in records:
                 row = get(record[0])
                 if len(record) != _TURN:
                     slowly(record, row, on_new)
-                    counts[KINDS[len(record)]] += 1
+                    others.append(KINDS[len(record)])
                     continue
                 thread_id, agent, tokens, cost, at = record
                 at //= 1_000
@@ -116,9 +116,9 @@ class Generation:
                 if not ordinary:
                     slowly(record, row, on_new)
                 elif row is None:
-                    deltas[thread_id] = (thread_id, 1, tokens, units, at, at, agent, 0, None)
                     self.oldest_at = self.oldest_at or record[4]
                     on_new(thread_id)
+                    deltas[thread_id] = (thread_id, 1, tokens, units, at, at, agent, 0, None)
                 else:
                     _, turns, total, paid, first, last, agents, ensures, rare = row
                     # Another agent than the one before, or a turn that may find no row: not so common.
@@ -139,6 +139,8 @@ class Generation:
                 turns_added += 1
         finally:
             counts["record_turn"] += turns_added
+            if others:
+                counts.update(others)
 
     def _fold_slowly(self, record: Record, row: Row | None, on_new: Callable[[str], object]) -> None:
         thread_id, part = record[0], self.deltas
@@ -148,11 +150,10 @@ class Generation:
                 part, row = followers, followers.get(thread_id)
         delta = ThreadDelta(thread_id, record[-1] // 1_000) if row is None else unpacked(row, give=True)
         add(delta, record)
-        new = thread_id not in self.deltas
-        part[thread_id] = packed(delta, give=True)
-        if new:
+        if thread_id not in self.deltas:
             self.oldest_at = self.oldest_at or record[-1]
             on_new(thread_id)
+        part[thread_id] = packed(delta, give=True)
 
     def put(self, delta: ThreadDelta, *, late: bool, more: bool = False) -> None:
         """Take in a sum that stands for the first calls of its thread; *late*: of the followers; *more*: its rest."""

@@ -77,26 +77,34 @@ class Intake:
 
         Callers take turns here, and none of them waits for the worker, which never takes this lock.
         """
-        with self._turn:
-            waiting = len(self.queue)
-            if self.closed:
-                return "closed"
-            if waiting >= self.max_queue_size:
-                return "max_queue_size"
-            # In a file; or even if every waiting call were of a new thread, this one still fits.
-            is_room = self.queue.on_disk or waiting < self.max_pending - self._threads
-            if is_room:
-                self._waiting = None
-            elif not self._fits_near_the_bound(record[0]):
-                return "max_pending"
-            self.queue.append(record)
-            # Raised under the lock alone, so that it never exceeds the room; who holds it raises the gate himself.
-            if is_room and self.lock.acquire(blocking=False):
-                try:
-                    self._raise_gate(max(NUDGE, 2 * waiting))
-                finally:
-                    self.lock.release()
-            return None
+        # A finalizer's call amid the worker's own fold does not wait for a turn: whoever has it may wait for the lock.
+        in_turn = self._turn.acquire(blocking=not self.lock._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001
+        try:
+            return self._enter(record)
+        finally:
+            if in_turn:
+                self._turn.release()
+
+    def _enter(self, record: Record) -> str | None:
+        waiting = len(self.queue)
+        if self.closed:
+            return "closed"
+        if waiting >= self.max_queue_size:
+            return "max_queue_size"
+        # In a file; or even if every waiting call were of a new thread, this one still fits.
+        is_room = self.queue.on_disk or waiting < self.max_pending - self._threads
+        if is_room:
+            self._waiting = None
+        elif not self._fits_near_the_bound(record[0]):
+            return "max_pending"
+        self.queue.append(record)
+        # Raised under the lock alone, so that it never exceeds the room; who holds it raises the gate himself.
+        if is_room and self.lock.acquire(blocking=False):
+            try:
+                self._raise_gate(max(NUDGE, 2 * waiting))
+            finally:
+                self.lock.release()
+        return None
 
     def enter_all(self, records: Sequence[Record], taken_at: int = 0) -> str | None:
         """Append *records* if all of them fit, else none; return as `enter`. Waits for a worker that is folding.
@@ -198,7 +206,7 @@ class Intake:
     def accepted(self) -> int:
         """Calls accepted by this life, ever."""
         with self.lock:
-            return self.folded + len(self.queue.waiting())
+            return self.folded + len(self.queue.folding) + len(self.queue.waiting())
 
     def _raise_gate(self, calls: int) -> None:
         self._waiting = None  # what came by the gate is not counted there
@@ -219,10 +227,13 @@ class Intake:
 
     def _drain(self, limit: int, most: int) -> int:
         is_first = not self._window.deltas
-        count = self.queue.drain(self._fold_all, limit, self._window.deltas, most)
-        if is_first and count and (taken_at := self._taken_at()):
-            self._window.oldest_at = taken_at
-        self.folded += count
+        try:
+            count = self.queue.drain(self._fold_all, limit, self._window.deltas, most)
+            if is_first and count and (taken_at := self._taken_at()):
+                self._window.oldest_at = taken_at
+        finally:
+            # An exception in the middle: those before it are folded, and taken off.
+            self.folded = self._totals.folded.total()
         while self._given and self._given[0][1] <= self.folded:
             self._given.popleft()
         return count

@@ -175,6 +175,11 @@ class SegmentQueue(deque[None]):
             for _ in range(counted):
                 self.popleft()
 
+    @property
+    def folding(self) -> tuple[Record, ...]:
+        """See `Calls.folding`: a finalizer that looks in amid the fold finds these missing, until it is done."""
+        return ()
+
     def waiting(self) -> list[Record]:
         """Return the calls that wait, in order. From any thread: what is read meanwhile may be among them."""
         found: list[Record] = []

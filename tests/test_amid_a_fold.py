@@ -1,0 +1,100 @@
+"""An exception, or a finalizer, in the middle of a fold: every call counts once."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers import PATIENCE, wait_until
+from tracker_daemon import MemorySink, Tracker
+from tracker_daemon.backlog import Backlog
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+
+def _backlog() -> Backlog:
+    return Backlog(max_queue_size=100, max_pending=100, max_batch_size=100, create_missing=True)
+
+
+def test_calls_taken_off_before_an_exception_count_as_folded() -> None:
+    """Else `settled` never reaches what a barrier waits for, and a flush that waits hangs for ever."""
+    backlog = _backlog()
+    for name in ("a", "b"):
+        backlog.enter((name, None, 1, 1, 1_000))
+    accepted = backlog.accepted
+    backlog.queue.append(("c", None, 1, object(), 1_000))  # type: ignore[arg-type]  # stands for a MemoryError
+    with pytest.raises(Exception):  # noqa: B017
+        backlog.drain(10)
+    assert len(backlog.queue) == 1
+    assert backlog.folded == accepted
+
+
+def test_an_exception_after_a_call_is_in_does_not_fold_it_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised where a new thread is counted leaves the call in the queue, and out of the window."""
+    backlog = _backlog()
+    backlog.enter(("a", None, 1, 1, 1_000))
+    with monkeypatch.context() as patched:
+
+        def fail(_: str) -> None:
+            raise MemoryError
+
+        patched.setattr(backlog, "_count_in", fail)
+        with pytest.raises(MemoryError):
+            backlog.drain(10)
+    backlog.drain(10)
+    found = backlog.pending("a")
+    assert found is not None
+    assert found.turns == 1
+    assert backlog.books().queue_calls == 1
+
+
+def test_stats_in_a_finalizer_amid_a_fold_has_every_call(registry: CollectorRegistry) -> None:
+    """The collector runs in the worker's thread as well, and the lock lets its holder in."""
+    tracker = Tracker(MemorySink(), registry=registry, flush_interval=3600, max_queue_size=20_000)
+    with tracker:
+        tracker.record_turn("first")
+        tracker.flush(PATIENCE)
+        seen: list[int] = []
+
+        class Garbage:
+            def __init__(self) -> None:
+                self.me = self
+
+            def __del__(self) -> None:
+                if threading.current_thread().name == "tracker-daemon":
+                    seen.append(tracker.stats().accepted)
+                    Garbage()
+
+        with tracker.backlog.lock:
+            for number in range(19_000):
+                assert tracker.record_turn(f"t-{number}")
+            gc.collect()
+            Garbage()
+        tracker.flush(PATIENCE)
+        wait_until(lambda: seen, "a finalizer in the worker")
+        assert min(seen) >= 19_001
+
+
+def test_a_finalizer_s_call_does_not_wait_for_a_turn() -> None:
+    """Amid the worker's fold it holds the lock, for which whoever has the turn may wait: neither would go on."""
+    backlog = _backlog()
+    backlog.shut_gate()
+    has_turn, done = threading.Event(), threading.Event()
+
+    def caller() -> None:
+        with backlog._turn:  # as in `enter`, where a signal's handler asks for the numbers
+            has_turn.set()
+            with backlog.lock:
+                done.set()
+
+    with backlog.lock:
+        thread = threading.Thread(target=caller, daemon=True)
+        thread.start()
+        assert has_turn.wait(PATIENCE)
+        assert backlog.enter(("a", None, 1, 1, 1_000)) is None
+    assert done.wait(PATIENCE)
+    thread.join(PATIENCE)
