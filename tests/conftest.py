@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -98,3 +99,16 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("PG", "TRACKER_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _kept_log() -> Iterator[None]:
+    """What a command run in this process has set of the log is not the next test's."""
+    loggers = [logging.getLogger(name) for name in (None, "tracker_daemon", "psycopg.pool", "uvicorn")]
+    before = [(logger, logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
+    yield
+    logging.disable(logging.NOTSET)
+    for logger, level, handlers, propagate in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
