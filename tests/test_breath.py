@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from collections import Counter
 from itertools import pairwise
@@ -22,6 +24,7 @@ from tracker_daemon.postgres.sink import COPY_FROM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from prometheus_client import CollectorRegistry
 
@@ -57,9 +60,30 @@ def sleeping(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
     def told(*sleeps: float) -> Clock:
         clock = Clock(*sleeps)
         monkeypatch.setattr(breath, "time", clock)
+        monkeypatch.setattr(breath.threading, "active_count", lambda: 2)
         return clock
 
     return told
+
+
+def test_alone_in_a_process(tmp_path: Path) -> None:
+    """A consumer's only thread sleeps for nobody; where there is another thread it does."""
+    program = tmp_path / "alone.py"
+    program.write_text(
+        "import threading, time\n"
+        "from tracker_daemon.breath import Breath\n"
+        "slept = []\n"
+        "time.sleep = slept.append\n"
+        "list(Breath(10).parts(range(100)))\n"
+        "alone, ended = len(slept), threading.Event()\n"
+        "other = threading.Thread(target=ended.wait)\n"
+        "other.start()\n"
+        "list(Breath(10).parts(range(100)))\n"
+        "ended.set()\n"
+        "print(alone, len(slept) > 0)\n"
+    )
+    told = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert told.stdout.split() == ["0", "True"]
 
 
 @pytest.mark.parametrize("number", [0, 1, 9, 10, 11, 95])
