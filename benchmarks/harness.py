@@ -165,7 +165,7 @@ def started(file: str, how: str | None) -> Run:
     parser = argparse.ArgumentParser(description=how)
     parser.add_argument("--quick", action="store_true", help="Tiny sizes, one round: only to see that it runs.")
     parser.add_argument(
-        "--results", type=Path, help="Where the JSON goes: results/ beside this file, with --quick nowhere that stays."
+        "--results", type=Path, help="Where the JSON goes: results/ beside this file, with --quick a temporary folder."
     )
     given = parser.parse_args()
     return Run(Path(file).stem, " ".join((how or "").split()), given.quick, folder(given.results, quick=given.quick))

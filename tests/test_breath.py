@@ -143,6 +143,20 @@ def test_a_small_part_tells_nothing(sleeping: Callable[..., Clock]) -> None:
     assert held.size == 100
 
 
+@pytest.mark.parametrize(("each", "size"), [(0.0, 160), (1.0, 1)])
+def test_a_clock_that_lies(each: float, size: int, sleeping: Callable[..., Clock]) -> None:
+    """One that stands still does not make a part of everything; one that jumps does not stop the work for ever."""
+    clock = sleeping()
+    held = Breath(10)
+    for part in held.parts(range(2_000)):
+        assert len(part) <= 160
+        clock.work(each)
+    assert held.size == size
+    for part in held.parts(range(2_000)):
+        clock.work(len(part) * 0.000_001)
+    assert held.size == 100
+
+
 def test_waiting_is_no_work(sleeping: Callable[..., Clock]) -> None:
     """A part in which the thread waited, for the interpreter or a core, is not a long one."""
     clock = sleeping()
@@ -205,13 +219,14 @@ def test_no_step_is_long(
     assert set(kept) == {2}
 
 
-@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("how", ["on", "off", "threshold of 0"])
 def test_the_collector_meets_few_rows_at_once(
-    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, enabled: bool
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """New rows are looked at as they come, not all of them in one go; a host that has switched it off has it off."""
     monkeypatch.setattr(breath, "_LATE", float("inf"))
     met: list[int] = []
+    enabled, thresholds = how == "on", gc.get_threshold()
 
     def look(phase: str, _: object) -> None:
         if phase == "start" and threading.current_thread().name == "tracker-daemon":
@@ -219,8 +234,10 @@ def test_the_collector_meets_few_rows_at_once(
 
     gc.callbacks.append(look)
     try:
-        if not enabled:
+        if how == "off":
             gc.disable()
+        elif not enabled:
+            gc.set_threshold(0)
         with Tracker(MemorySink(), registry=registry, flush_interval=600) as tracker:
             for thread in range(20_000):
                 assert tracker.record_turn(f"thread-{thread}", "agent", 1, 0.1)
@@ -228,6 +245,7 @@ def test_the_collector_meets_few_rows_at_once(
     finally:
         gc.callbacks.remove(look)
         gc.enable()
+        gc.set_threshold(*thresholds)
     assert bool(met) is enabled
     assert len(met) >= 10 * enabled
     assert max(met, default=0) <= 5_000

@@ -23,19 +23,21 @@ _LONG: Final = 0.002
 _MOMENT: Final = 0.000_05
 # Whoever sleeps for a moment and comes back later than this has waited for the interpreter.
 _LATE: Final = 0.003
+# How far the size may come from the first one, either way: a clock may be coarse, or stand still.
+_FACTOR: Final = 16
 
 
 class Breath:
     """The size of the parts of one kind of work, and the moment between two of them.
 
     Args:
-        first: the size of the first part.
+        first: the size of the first part; none is larger by more than 16 times in the same time.
         hold: how long one may take beside an idle host, seconds.
     """
 
     def __init__(self, first: int, hold: float = _SHORT) -> None:
         self._least = self._hold = hold
-        self._rate = first / hold
+        self._first = self._rate = first / hold
 
     @property
     def size(self) -> int:
@@ -50,7 +52,8 @@ class Breath:
     def took(self, items: int, seconds: float) -> None:
         """Learn from a part how much fits: *seconds* of the thread's CPU time, so that waiting does not count."""
         if 2 * items >= self.size:  # a much smaller one tells little
-            self._rate = min(items / max(seconds, 1e-9), 2 * self._rate)
+            most = min(2 * self._rate, self._first * _FACTOR)
+            self._rate = max(self._first / _FACTOR, min(items / max(seconds, 1e-9), most))
 
     def take(self) -> None:
         """Let go of the interpreter, for a moment that hurts no event loop. Alone in a process: no need."""
@@ -81,8 +84,11 @@ class Breath:
 
     def let_go(self, items: list[Any]) -> None:
         """Empty *items* part by part: what nobody else holds is freed so."""
-        while items:
-            count, began = min(self.size, len(items)), time.thread_time()
+
+        def free(count: int) -> int:
             del items[-count:]
-            self.took(count, time.thread_time() - began)
+            return count
+
+        while items:
+            self.measured(free, min(self.size, len(items)))
             self.take()

@@ -263,6 +263,7 @@ class Intake:
         if not self._resident:
             self._threads = len(self._window.deltas)
         elif len(resident) == 1 and not (self._window.deltas or resident[0].followers):
+            # After most seals: no need to put the names of all together.
             self._threads = len(resident[0].deltas)
         elif self._journal is not None:
             rest = self._resident[0].deltas.keys() | self._resident[0].followers.keys()
