@@ -139,7 +139,7 @@ class Bench:
             others: deque[object] = deque()
             while flusher.is_alive():
                 while len(tracker._backlog.queue) > 100_000:  # noqa: SLF001 - so many fit by default
-                    time.sleep(0.001)
+                    time.sleep(0.001)  # until there is room
                 began = cpu()
                 for thread_id in LIVE:
                     others.append((thread_id, "billing", 812, 0.0041, began))
@@ -182,7 +182,7 @@ class Bench:
                 keep(clock() - before)
             spent += cpu() - began
             calls += len(burst)
-            time.sleep(0.002)
+            time.sleep(0.002)  # the pace asked for
         if flusher:
             self.paced_latencies.append(taken)
         return spent / calls

@@ -74,7 +74,7 @@ def lags(conninfo: str, live: list[str], seconds: float) -> array[float]:
             while len(made) < (now - began) * RATE:
                 made.append(time.perf_counter())
                 tracker.record_turn(choose(live), "billing", 812, 0.0041)
-            time.sleep(0.001)
+            time.sleep(0.001)  # the pace asked for
     counts = [count - before for count in sink.counts]
     return array("d", (sink.instants[bisect_left(counts, n)] - at for n, at in enumerate(made, 1)))
 

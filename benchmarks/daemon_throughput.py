@@ -44,7 +44,7 @@ with Tracker(url, registry=CollectorRegistry(), max_queue_size=10**6) as tracker
         made += 100
         pause = began + made / rate - now if rate else 0
         if pause > 0:
-            time.sleep(pause)
+            time.sleep(pause)  # the pace asked for
     tracker.flush(120)
     took = time.perf_counter() - began
 costs.sort()
@@ -115,7 +115,7 @@ def _run(server: EmbeddedPostgres, folder: Path, given: argparse.Namespace) -> N
     )
     try:
         while subprocess.run([*command, "health", "--listen", socket], check=False, capture_output=True).returncode:
-            time.sleep(0.2)
+            time.sleep(0.2)  # between two looks
         for name, url in (("in process", server.conninfo), ("daemon", socket)):
             found = measure(url, given.workers, given.seconds, given.rate)
             print(f"{name:12}" + ", ".join(f"{key} {value:,.0f}" for key, value in found.items()))

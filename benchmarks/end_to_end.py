@@ -67,7 +67,7 @@ def tracked(conninfo: str, ids: Iterable[str], number: int) -> float:
         for thread_id in ids:
             while not record(thread_id, "billing", 812, 0.0041):
                 refused += 1
-                time.sleep(0.001)
+                time.sleep(0.001)  # until there is room
         tracker.flush()
         took = time.perf_counter() - began
         assert tracker.stats().applied == number + 1

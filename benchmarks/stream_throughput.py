@@ -90,7 +90,7 @@ def call(url: str, given: argparse.Namespace) -> None:
             while made < passed * given.rate:
                 assert tracker.record_turn(f"thread-{chance.randrange(given.threads)}", "billing", 12, 0.5)
                 made += 1
-            time.sleep(0.005)
+            time.sleep(0.005)  # the pace asked for
     print(made)
 
 
@@ -139,7 +139,7 @@ class Consumers:
                     return
             except httpx.HTTPError:
                 pass
-            time.sleep(0.1)
+            time.sleep(0.1)  # between two looks
 
     def peak(self) -> int:
         """Return the most memory that one of them has had, bytes."""
@@ -153,7 +153,7 @@ class Consumers:
                     return time.perf_counter()
             except httpx.HTTPError:
                 pass
-            time.sleep(0.1)
+            time.sleep(0.1)  # between two looks
 
     def end(self) -> None:
         """End them."""
@@ -253,7 +253,7 @@ def unsaturated(cluster: Cluster, database: str, folder: Path, interval: float) 
     calls = sum(int(tracker.communicate()[0]) for tracker in trackers)
     applied = 0.0
     while applied != (applied := consumers.read()["tracker_calls_applied_total"]) or applied < calls:
-        time.sleep(0.3)
+        time.sleep(0.3)  # between two looks
     took = time.perf_counter() - began
     found = consumers.read()
     consumers.end()

@@ -80,7 +80,7 @@ def tracked(conninfo: str, live: list[str], number: int) -> None:
     with Tracker(conninfo, registry=CollectorRegistry()) as tracker:
         for thread_id in islice(cycle(live), number):
             while not tracker.record_turn(thread_id, "billing", 812, 0.0041):
-                time.sleep(0.001)
+                time.sleep(0.001)  # until there is room
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
                 return
         except httpx.HTTPError:
             pass
-        time.sleep(0.2)
+        time.sleep(0.2)  # between two looks
     raise SystemExit(f"{url} does not answer:\n{log.read_text(errors='replace')[-2000:]}")
 
 
@@ -173,11 +173,11 @@ def run(folder: Path, seconds: float, away: float) -> dict[str, Any]:
         poster = threading.Thread(target=_post, args=(path, 150.0, stop))
         poster.start()
         try:
-            time.sleep((seconds - away) * 0.6)
+            time.sleep((seconds - away) * 0.6)  # what the picture shows before the outage
             server.stop("immediate")
-            time.sleep(away)
+            time.sleep(away)  # how long it is
             server.start()
-            time.sleep((seconds - away) * 0.4)
+            time.sleep((seconds - away) * 0.4)  # and after it
             return fetch(url, began + 4 * SCRAPE, time.time(), SCRAPE)
         finally:
             stop.set()
