@@ -197,8 +197,11 @@ def test_files_again_after_windows_in_memory(disk: SmallDisk, trackers: Trackers
 
     def at_rest() -> bool:
         # The sink goes on while the files are copied: a window that is sealed meanwhile would be of another instant.
+        # Under the lock: amid a seal the window is in neither place, and has no sequence yet.
         tracker._worker.wake()
-        return journal_of(tracker).stores_window and not (tracker._backlog.sealed or journal_of(tracker).queue.is_cut)
+        with tracker._backlog.lock:
+            queue = journal_of(tracker).queue
+            return journal_of(tracker).stores_window and not (tracker._backlog.sealed or queue.is_cut)
 
     wait_until(at_rest, "the windows in memory applied")
     # Not those of a window that is sealed from here on: the calls below may be in it.
