@@ -28,7 +28,7 @@ demo: .venv/installed  ## embedded Postgres, live chat traffic, and a verdict on
 	$(BIN)/tracker-daemon demo $(ARGS)
 
 test: .venv/installed  ## the whole suite on a real Postgres, a few minutes
-	$(BIN)/python -X dev -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -X dev -m pytest -n 3 --dist worksteal $(ARGS)
 
 test-deploy: .venv/deploy-tools  ## the image, compose, Kubernetes: built, run and checked with podman; as root
 	$(BIN)/python -X dev -m pytest -m 'containers or not containers' tests/deploy $(ARGS)
@@ -60,7 +60,7 @@ soak-stream: .venv/installed  ## consumers, brokers, publishers and Postgres kil
 
 cov: .venv/installed  ## the suite with coverage by line and branch
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=tracker_daemon --cov-branch --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal --cov=tracker_daemon --cov-branch --cov-report=term $(ARGS)
 
 requirements: .venv/deploy-tools  ## the image's pins, anew from pyproject.toml
 	$(COMPILE) --extra daemon --extra nats --output-file deploy/requirements.txt pyproject.toml

@@ -158,7 +158,7 @@ def test_errors_are_counted_while_the_sink_is_away(registry: CollectorRegistry) 
 def test_identity_in_every_scrape_under_load(registry: CollectorRegistry) -> None:
     """Four threads call and one sink comes and goes while scrapes are taken: each adds up, none goes back."""
     sink = Closed()
-    calls_each = 20_000
+    calls_each = 8_000
     with Tracker(sink, registry=registry, flush_interval=0.002, max_batch_size=50, max_queue_size=10**6) as tracker:
 
         def work(number: int) -> None:

@@ -339,7 +339,7 @@ def test_flood(database: str) -> None:
             while not stop.is_set():
                 seen.append(daemon.post(big).status)
 
-        greedy = [threading.Thread(target=flood) for _ in range(12)]
+        greedy = [threading.Thread(target=flood) for _ in range(8)]
         for each in greedy:
             each.start()
         try:

@@ -23,7 +23,7 @@ def test_kills_in_short() -> None:
     words: list[str] = []
     with socket_folder() as folder:
         folder.chmod(0o755)
-        kills = Kills(folder, 12, seed=11, say=words.append)
+        kills = Kills(folder, 8, seed=11, say=words.append)
         assert kills.run(), "\n".join(words)
     for trouble in ("worker killed", "daemon killed", "answers lost", "found done", "tries failed"):
         assert kills.met[trouble], words
@@ -31,7 +31,7 @@ def test_kills_in_short() -> None:
 
 def test_rolling_restart(database: str, registry: CollectorRegistry) -> None:
     """Two daemons on one database, clients moved from one to the other and back: nothing lost, nothing doubled."""
-    digits, moves = Digits(), 6
+    digits, moves = Digits(), 4
     with socket_folder() as folder:
         daemons = [Daemon(database, folder, "--relay-interval", "0.01") for _ in range(2)]
         try:

@@ -132,7 +132,7 @@ def batches(windows: list[list[Step]]) -> list[list[Logged]]:
 
 
 @given(logs())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_windows_are_as_one_by_one(pair: tuple[str, str], windows: list[list[Step]]) -> None:
     """Messages in windows leave the rows, the producers' places and the dead letters that they leave one by one."""
     one, other = pair
