@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from psycopg import sql
 
+from tracker_daemon.generation import ENSURE, RESOLVE, method_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -75,9 +77,9 @@ def instant(nanoseconds: int) -> datetime:
 
 def _statement(record: Record) -> tuple[str, dict[str, Any]]:
     parameters: dict[str, Any] = {"thread_id": record[0], "now": instant(record[-1])}
-    if len(record) == 2:
+    if method_of(record) == ENSURE:
         return _ENSURE, parameters
-    if len(record) == 3:
+    if method_of(record) == RESOLVE:
         return _RESOLVE, {**parameters, "resolution_type": record[1]}
     _, agent_name, tokens, cost, _ = record
     # A Python int of any size, like a float, is passed as the decimal that it counts as.

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tracker_daemon.backlog import Backlog
 from tracker_daemon.batch import Batch
+from tracker_daemon.generation import ensure, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -150,12 +151,12 @@ def histories(
         kind = draw(st.sampled_from(["turn", "turn", "ensure", "resolve"]))
         if kind == "ensure" or (ensure_first and thread_id not in started):
             started.add(thread_id)
-            records.append((thread_id, now))
+            records.append(ensure(thread_id, now))
         elif kind == "turn":
             agent = draw(st.one_of(st.none(), st.sampled_from(agents)))
             records.append((thread_id, agent, draw(tokens()), draw(cost), now))
         else:
-            records.append((thread_id, draw(st.sampled_from(agents)), now))
+            records.append(resolve(thread_id, draw(st.sampled_from(agents)), now))
     size = len(records)
     return History(
         tuple(records),
@@ -203,7 +204,7 @@ class Process:
         """Make the calls of the next window and seal it."""
         for record in self.windows.pop(0):
             self.made.append(record)
-            self.backlog.queue.append(record)
+            self.backlog.queue.put(record)
         while self.backlog.drain(2):
             pass
         self.backlog.seal()

@@ -13,6 +13,8 @@ from tracker_daemon import MemorySink, Tracker
 from tracker_daemon.backlog import Backlog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from prometheus_client import CollectorRegistry
 
 
@@ -26,7 +28,7 @@ def test_calls_taken_off_before_an_exception_count_as_folded() -> None:
     for name in ("a", "b"):
         backlog.enter((name, None, 1, 1, 1_000))
     accepted = backlog.accepted
-    backlog.queue.append(("c", None, 1, object(), 1_000))  # type: ignore[arg-type]  # stands for a MemoryError
+    backlog.queue.put(("c", None, 1, object(), 1_000))  # type: ignore[arg-type]  # stands for a MemoryError
     with pytest.raises(Exception):  # noqa: B017
         backlog.drain(10)
     assert len(backlog.queue) == 1
@@ -98,3 +100,32 @@ def test_a_finalizer_s_call_does_not_wait_for_a_turn() -> None:
         assert backlog.enter(("a", None, 1, 1, 1_000)) is None
     assert done.wait(PATIENCE)
     thread.join(PATIENCE)
+
+
+def test_a_busy_worker_is_woken_once(registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call at a bound writing to the loop's pipe would cost twenty times the call; whoever waits is heard all the same."""
+    with Tracker(MemorySink(), registry=registry, flush_interval=3600) as tracker:
+        tracker.record_turn("first")
+        tracker.flush(PATIENCE)
+        worker, loop = tracker._worker, tracker._worker._loop
+        assert loop is not None
+        wakings: list[object] = []
+        really = loop.call_soon_threadsafe
+
+        def counted(do: Callable[[], object]) -> object:
+            wakings.append(do)
+            return really(do)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        with tracker.backlog.lock:
+            worker.wake()
+            wait_until(lambda: not worker._woken, "the worker to look, and to stand at the lock")
+            wakings.clear()
+            for number in range(100):
+                tracker.backlog.shut_gate()
+                assert tracker.record_turn(f"t-{number}")
+            assert len(wakings) == 1
+            barrier = worker.barrier()
+            assert len(wakings) == 2
+        assert barrier.result(PATIENCE)
+    assert tracker.stats().applied == 101

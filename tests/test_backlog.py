@@ -22,7 +22,7 @@ from tracker_daemon.clock import SystemClock
 from tracker_daemon.delta import ThreadDelta
 from tracker_daemon.errors import QueueFull
 from tracker_daemon.front_door import FrontDoor, Refusals
-from tracker_daemon.generation import KINDS, add
+from tracker_daemon.generation import ENSURE, add, method_of
 from tracker_daemon.sink import Applied, DeadLetter
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def summed(records: Iterable[Record]) -> ThreadDelta | None:
 
 def kinds(records: Iterable[Record]) -> Counter[str]:
     """Count calls by kind."""
-    return Counter(KINDS[len(record)] for record in records)
+    return Counter(map(method_of, records))
 
 
 class Model(RuleBasedStateMachine):
@@ -109,7 +109,9 @@ class Model(RuleBasedStateMachine):
         for record in self.window:
             thread_id = record[0]
             earlier = whole.get(thread_id)
-            late = earlier and len(earlier[0]) != 2 and (thread_id in followers or len(record) == 2)
+            late = (
+                earlier and method_of(earlier[0]) != ENSURE and (thread_id in followers or method_of(record) == ENSURE)
+            )
             part = followers if late and not self.options["create_missing"] else whole
             part.setdefault(thread_id, []).append(record)
         yield whole
@@ -143,7 +145,7 @@ class Model(RuleBasedStateMachine):
             self.rejected += 1
         else:
             assert make() is True
-            record = self.backlog.queue[-1]
+            record = [*self.backlog.queue.waiting()][-1]
             self.queue.append(record)
             self.open.add(id(record))
             self.order.append(record)

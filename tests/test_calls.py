@@ -21,10 +21,13 @@ from prometheus_client import CollectorRegistry
 from tests.strategies import AWKWARD, LONG, any_costs, names
 from tracker_daemon import InvalidCall, QueueFull, Tracker, TrackerClosed, TrackerError, calls
 from tracker_daemon.errors import shown
+from tracker_daemon.generation import ENSURE, RESOLVE, method_of
 from tracker_daemon.memory_sink import MemorySink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tracker_daemon.generation import Record
 
 
 class Idle(Tracker):  # type: ignore[misc]  # final for users; here the worker is taken out
@@ -42,14 +45,20 @@ class Idle(Tracker):  # type: ignore[misc]  # final for users; here the worker i
 
     @property
     def queued(self) -> list[tuple[Any, ...]]:
-        """The calls in the queue, without their time stamps."""
-        return [record[:-1] for record in self._backlog.queue]
+        """The arguments of the calls in the queue."""
+        given = {ENSURE: 1, RESOLVE: 2}
+        return [record[: given.get(method_of(record), 4)] for record in self._backlog.queue.waiting()]
+
+    def forget(self) -> None:
+        """Empty the queue."""
+        found: list[Record] = []
+        self._backlog.queue.drain(found.extend, 10**9, (), 0)
 
     def learn(self, *agents: str) -> None:
         """Make *agents* known to the fast path."""
         for agent in agents:
             self.call("record_turn", "learning", agent)
-        self._backlog.queue.clear()
+        self.forget()
 
 
 @pytest.fixture(params=[0, 1_000], ids=["slow", "fast"])
@@ -469,7 +478,7 @@ anything = st.one_of(
 
 def outcome(tracker: Idle, method: str, arguments: tuple[Any, ...]) -> Any:
     """Return what becomes of a call: what was queued, or the argument and fault."""
-    tracker._backlog.queue.clear()
+    tracker.forget()
     try:
         tracker.call(method, *arguments)
     except InvalidCall as error:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.strategies import any_costs, names
 from tracker_daemon.backlog import Backlog
 from tracker_daemon.delta import Deltas, ThreadDelta, calls_of, earliest, packed, rows_of, unpacked
-from tracker_daemon.generation import KINDS, Generation, add
+from tracker_daemon.generation import ENSURE, Generation, add, ensure, method_of, resolve
 
 if TYPE_CHECKING:
     from tracker_daemon.generation import Record
@@ -25,7 +25,7 @@ threads = st.sampled_from(["t", "u", "v"])
 instants = st.one_of(st.integers(NOW, NOW + 3_000), st.integers(-(10**18), 2 * 10**18))
 agents = st.none() | st.sampled_from("abcdefghijkl") | names()
 turns = st.tuples(threads, agents, st.integers(-(2**63) + 1, 2**63 - 1), st.floats(0, 100) | any_costs(), instants)
-records = st.one_of(turns, turns, st.tuples(threads, instants), st.tuples(threads, names(), instants))
+records = st.one_of(turns, turns, st.builds(ensure, threads, instants), st.builds(resolve, threads, names(), instants))
 histories = st.lists(records, min_size=1, max_size=40)
 
 
@@ -36,7 +36,7 @@ def by_thread(calls: list[Any], *, create_missing: bool) -> dict[tuple[str, bool
         thread_id, at = call[0], call[-1] // 1_000
         first = found.get((thread_id, False))
         late = first is not None and not create_missing and not first.ensures
-        late = late and ((thread_id, True) in found or len(call) == 2)
+        late = late and ((thread_id, True) in found or method_of(call) == ENSURE)
         add(found.setdefault((thread_id, late), ThreadDelta(thread_id, at)), call)
     return found
 
@@ -45,7 +45,7 @@ def by_thread(calls: list[Any], *, create_missing: bool) -> dict[tuple[str, bool
 @given(calls=histories, create_missing=st.booleans())
 @example(calls=[("t", None, 1, 0.1, NOW), ("t", "a", 1, 0.1, NOW), ("t", "b", 1, 0.1, NOW)], create_missing=True)
 @example(calls=[("t", None, 1, 0.1, 0), ("u", None, 1, 0.1, NOW)], create_missing=True)
-@example(calls=[("t", NOW), ("t", "a", 1, 1e-13, NOW - 1), ("t", "a", 1, 2, NOW)], create_missing=False)
+@example(calls=[ensure("t", NOW), ("t", "a", 1, 1e-13, NOW - 1), ("t", "a", 1, 2, NOW)], create_missing=False)
 def test_rows_say_what_deltas_say(calls: list[Any], create_missing: bool) -> None:
     """The short way of an ordinary turn gives what `ThreadDelta` gives, for any calls in any order."""
     generation, new, counts = Generation(create_missing=create_missing), list[str](), Counter[str]()
@@ -53,7 +53,7 @@ def test_rows_say_what_deltas_say(calls: list[Any], create_missing: bool) -> Non
     expected = by_thread(calls, create_missing=create_missing)
     assert {(delta.thread_id, late): delta for delta, late in generation.sums()} == expected
     assert new == list(dict.fromkeys(call[0] for call in calls))
-    assert +counts == Counter(KINDS[len(call)] for call in calls)
+    assert +counts == Counter(map(method_of, calls))
     assert generation.calls == len(calls)
     firsts = {call[0]: call[-1] for call in reversed(calls)}
     assert generation.oldest_at == next((firsts[thread] for thread in new if firsts[thread]), 0)  # 0: none yet
@@ -115,7 +115,7 @@ def test_nothing_for_the_garbage_collector() -> None:
     gc.callbacks.append(note)
     try:
         for number in range(60_000):
-            backlog.queue.append((f"t{number % 30_000}", "billing", number, 0.25 * number, NOW + number))
+            backlog.queue.put((f"t{number % 30_000}", "billing", number, 0.25 * number, NOW + number))
         while backlog.drain(500):
             pass
     finally:
@@ -133,11 +133,16 @@ def test_nothing_for_the_garbage_collector() -> None:
 def test_interrupted_between_two_calls(at: int) -> None:
     """Whatever comes in between while calls are folded, each is in the queue or in the window, and counted once."""
     backlog = Backlog(max_queue_size=10**6, max_pending=10**6, max_batch_size=10_000, create_missing=True)
-    calls: list[Record] = [("t", NOW), ("t", "a", 1, 0.5, NOW), ("u", "done", NOW), ("u", "a", 1, 1e-13, NOW)]
+    calls: list[Record] = [
+        ensure("t", NOW),
+        ("t", "a", 1, 0.5, NOW),
+        resolve("u", "done", NOW),
+        ("u", "a", 1, 1e-13, NOW),
+    ]
     broken: Any = ("t", "a", 1, 0.5, "no instant")
     made = [*calls[:at], broken, *calls[at:]]
     for call in made:
-        backlog.queue.append(call)
+        backlog.queue.put(call)
     with pytest.raises(TypeError):
         backlog.drain(100)
     assert list(backlog.queue.waiting()) == made[at:]

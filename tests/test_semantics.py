@@ -22,6 +22,7 @@ from tests.strategies import LONG, NOW, History, Process, histories, play, proce
 from tracker_daemon import SchemaError
 from tracker_daemon.delta import ThreadDelta, rows_of
 from tracker_daemon.errors import ConfigError
+from tracker_daemon.generation import ENSURE, RESOLVE, ensure, method_of, resolve
 from tracker_daemon.memory_sink import MemoryRow, MemorySink
 from tracker_daemon.postgres import encoding
 from tracker_daemon.postgres.connection import Connector
@@ -146,7 +147,7 @@ def with_ensures(records: Sequence[Record]) -> list[Record]:
     for record in records:
         if record[0] not in seen:
             seen.add(record[0])
-            found.append((record[0], record[-1]))
+            found.append(ensure(record[0], record[-1]))
         found.append(record)
     return found
 
@@ -160,7 +161,7 @@ def contested(history: History) -> set[str]:
     """Return the threads that two processes resolve in one and the same last microsecond: either may win."""
     found: dict[str, dict[int, set[int]]] = {}
     for record, process in zip(history.records, history.process, strict=True):
-        if len(record) == 3:
+        if method_of(record) == RESOLVE:
             found.setdefault(record[0], {}).setdefault(record[-1] // 1_000, set()).add(process)
     return {thread_id for thread_id, instants in found.items() if len(instants[max(instants)]) > 1}
 
@@ -192,8 +193,12 @@ def one_window(*records: Record, seals: Sequence[int] = (), batch_size: int = 10
 
 @settings(PROPERTY, max_examples=100)
 @given(history=histories(ensure_first=True))
-@example(history=one_window(("t", NOW), ("t", "\\.", 1, 0.1, NOW), ("t", "\\N", 1, 0.2, NOW), ("t", "NULL", NOW)))
-@example(history=one_window(*((name, NOW) for name in LONG), *((name, name, 1, 5e-324, NOW) for name in LONG)))
+@example(
+    history=one_window(
+        ensure("t", NOW), ("t", "\\.", 1, 0.1, NOW), ("t", "\\N", 1, 0.2, NOW), resolve("t", "NULL", NOW)
+    )
+)
+@example(history=one_window(*(ensure(name, NOW) for name in LONG), *((name, name, 1, 5e-324, NOW) for name in LONG)))
 def test_any_history(world: World, history: History) -> None:
     """However calls fall into windows, batches and processes, and whichever arrive first: the reference's rows."""
     world.empty()
@@ -225,8 +230,12 @@ def test_any_history_by_copy(world: World, history: History) -> None:
 
 @settings(PROPERTY, max_examples=80)
 @given(history=histories(processes=1))
-@example(history=one_window(("t", "a", 5, 0.5, NOW), ("t", NOW), ("t", "b", 1, 0.1, NOW)))
-@example(history=one_window(("t", "x", NOW), ("t", NOW), ("u", "b", 1, 0.1, NOW), ("u", NOW), batch_size=1))
+@example(history=one_window(("t", "a", 5, 0.5, NOW), ensure("t", NOW), ("t", "b", 1, 0.1, NOW)))
+@example(
+    history=one_window(
+        resolve("t", "x", NOW), ensure("t", NOW), ("u", "b", 1, 0.1, NOW), ensure("u", NOW), batch_size=1
+    )
+)
 def test_only_existing_rows(world: World, history: History) -> None:
     """`create_missing=False`, one process: exactly the reference, in any order of calls and with any windows.
 
@@ -248,7 +257,7 @@ def skipped(windows: list[list[Record]]) -> int:
     for window in windows:
         early = set[str]()
         for record in window:
-            if len(record) == 2:
+            if method_of(record) == ENSURE:
                 existing.add(record[0])
             elif record[0] not in existing:
                 early.add(record[0])
@@ -292,7 +301,7 @@ async def step(process: Process, sink: MemorySink) -> None:
         process.settle(batch, await sink.apply(batch))
     elif process.windows and process.windows[0]:
         process.made.append(process.windows[0][0])
-        backlog.queue.append(process.windows[0].pop(0))
+        backlog.queue.put(process.windows[0].pop(0))
     elif process.windows:
         process.windows.pop(0)
         backlog.seal()
@@ -337,7 +346,7 @@ NUMBERS = {
 @pytest.mark.parametrize(("cost", "tokens", "fits"), NUMBERS.values(), ids=NUMBERS)
 def test_numbers_at_the_edges(world: World, cost: Any, tokens: int, fits: bool) -> None:
     """What does not fit the columns of COPY goes as arrays, with everything else of its batch; rows are the same."""
-    history = one_window(("t", NOW), ("u", NOW), ("t", "a", tokens, cost, NOW), ("u", "b", 1, 0.1, NOW))
+    history = one_window(ensure("t", NOW), ensure("u", NOW), ("t", "a", tokens, cost, NOW), ("u", "b", 1, 0.1, NOW))
     (process,) = world.play(history)
     assert [encoding.fits_stage(rows_of(batch.deltas)) for batch in process.sent] == [fits]
     assert_as_reference(world, history, world.reference(history.records))
@@ -346,7 +355,9 @@ def test_numbers_at_the_edges(world: World, cost: Any, tokens: int, fits: bool) 
 @pytest.mark.parametrize("thread_id", LONG, ids=lambda name: f"{len(name)} characters, {len(name.encode())} bytes")
 def test_long_names(world: World, thread_id: str) -> None:
     """Ids that are longer than COPY's column go as arrays; rows are the same."""
-    history = one_window((thread_id, NOW), (thread_id, thread_id, 1, 1, NOW), (thread_id, thread_id, NOW), ("t", NOW))
+    history = one_window(
+        ensure(thread_id, NOW), (thread_id, thread_id, 1, 1, NOW), resolve(thread_id, thread_id, NOW), ensure("t", NOW)
+    )
     (process,) = world.play(history)
     assert [encoding.fits_stage(rows_of(batch.deltas)) for batch in process.sent] == [len(thread_id) <= 120]
     assert_as_reference(world, history, world.reference(history.records))
@@ -388,10 +399,10 @@ def call(thread_id: str, kind: str, number: int) -> Record:
     """Return the call number *number* of a thread: each turn's tokens are a digit of their own in base 4."""
     at = NOW + number * SECOND
     if kind == "ensure":
-        return (thread_id, at)
+        return ensure(thread_id, at)
     if kind == "turn":
         return (thread_id, f"agent{number}", 4**number, Decimal(4**number).scaleb(-6), at)
-    return (thread_id, f"type{number}", at)
+    return resolve(thread_id, f"type{number}", at)
 
 
 def orders(suffix: str = "") -> dict[str, list[Record]]:
@@ -517,7 +528,7 @@ def test_existing_rows(database: str) -> None:
         " ('t', '2020-01-01Z', '2020-01-02Z', 3, '{b,a}', 30, 0.3, 'old', '2020-01-03Z'),"
         " ('late', '2020-01-01Z', '2099-01-02Z', 1, '{}', 1, 1, 'future', '2099-01-03Z')",
     )
-    calls: list[Record] = [("t", NOW), ("t", "a", 1, 0.1, NOW), ("t", "c", 1, 0.1, NOW), ("t", "new", NOW)]
+    calls: list[Record] = [ensure("t", NOW), ("t", "a", 1, 0.1, NOW), ("t", "c", 1, 0.1, NOW), resolve("t", "new", NOW)]
     flush_calls(database, "conversations", [*calls, *(("late", *record[1:]) for record in calls)])
     with psycopg.connect(database) as connection:
         rows = oracle.rows(connection, "conversations")
@@ -546,9 +557,9 @@ def test_null_in_existing_columns(empty_database: str, copy_from: int) -> None:
     )
     run_migrate(empty_database)
     calls: list[Record] = [
-        ("ensured", NOW),
+        ensure("ensured", NOW),
         ("turned", "a", 1, 0.1, NOW),
-        ("resolved", "done", NOW),
+        resolve("resolved", "done", NOW),
         ("hole", "a", 1, 0, NOW),
         ("hole", "b", 1, 0, NOW),
     ]
@@ -650,8 +661,8 @@ def test_two_tables_of_one_schema(empty_database: str) -> None:
     """Two tables share a ledger; what is written to one is not seen in the other."""
     run_migrate(empty_database, None, "one")
     run_migrate(empty_database, None, "two")
-    flush_calls(empty_database, "one", [("a", NOW)])
-    flush_calls(empty_database, "two", [("b", NOW)])
+    flush_calls(empty_database, "one", [ensure("a", NOW)])
+    flush_calls(empty_database, "two", [ensure("b", NOW)])
     assert execute(empty_database, "SELECT thread_id FROM one") == [("a",)]
     assert execute(empty_database, "SELECT thread_id FROM two") == [("b",)]
 
@@ -661,7 +672,7 @@ def test_search_path(empty_database: str) -> None:
     execute(empty_database, "CREATE SCHEMA app")
     conninfo = psycopg.conninfo.make_conninfo(empty_database, options="-c search_path=app,public")
     run_migrate(conninfo)
-    flush_calls(conninfo, "conversations", [("t", NOW)])
+    flush_calls(conninfo, "conversations", [ensure("t", NOW)])
     assert execute(empty_database, "SELECT thread_id FROM app.conversations") == [("t",)]
     assert execute(empty_database, "SELECT applied_sequence FROM app.tracker_ledger") == [(1,)]
 
@@ -711,7 +722,7 @@ def test_schema_error(database: str, ddl: str, words: tuple[str, ...]) -> None:
     """A table, column, type or index that the flush needs and does not find is named, with what to do."""
     execute(database, ddl)
     with pytest.raises(SchemaError) as found:
-        flush_calls(database, "conversations", [("t", NOW)])
+        flush_calls(database, "conversations", [ensure("t", NOW)])
     for word in (*words, "To mend it"):
         assert word in str(found.value)
     assert execute(database, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tracker-daemon'")
@@ -720,7 +731,7 @@ def test_schema_error(database: str, ddl: str, words: tuple[str, ...]) -> None:
 def test_schema_error_of_a_table_elsewhere(empty_database: str) -> None:
     """What to run names the table that was asked for."""
     with pytest.raises(SchemaError, match=r"--table tenant\.c"):
-        flush_calls(empty_database, "tenant.c", [("t", NOW)])
+        flush_calls(empty_database, "tenant.c", [ensure("t", NOW)])
 
 
 def test_migrate_refuses_what_will_not_do(empty_database: str) -> None:

@@ -337,7 +337,7 @@ class Backlog(Intake):
             stored = [sealed.stored for sealed in self.sealed if sealed.generation is None]
             parts = [part for generation in self._resident for part in generation.of(thread_id)]
             late = list(self._window.of(thread_id))
-            waiting = [record for record in self.queue.waiting() if record[0] == thread_id]
+            waiting = self.queue.waiting().of(thread_id)
             late = [part.copy() for part in late]
         for window in stored:
             if window is not None:
@@ -356,12 +356,12 @@ class Backlog(Intake):
         """Read all numbers at one instant."""
         with self.lock:
             waiting = self.queue.waiting()
-            unseen = {record[0] for record in waiting if not self._holds(record[0])}
+            unseen = sum(not self._holds(thread_id) for thread_id in set(waiting.threads))
             oldest = self.sealed[0].oldest_at if self.sealed else self._window.oldest_at
             oldest = oldest or next((self._taken_at() or record[-1] for record in waiting), 0)
             stored = sum(sealed.threads for sealed in self.sealed if sealed.generation is None)
-            uncounted = [*self.queue.folding, *waiting]
-            return self._totals.reading(uncounted, self._threads + len(unseen) + stored, oldest)
+            uncounted = self.queue.folding.methods + waiting.methods
+            return self._totals.reading(uncounted, self._threads + unseen + stored, oldest)
 
     # -- inside ------------------------------------------------------------------------------------
 

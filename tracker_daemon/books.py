@@ -13,13 +13,11 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 from tracker_daemon.delta import calls_of, rows_of
-from tracker_daemon.generation import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from tracker_daemon.delta import Row, ThreadDelta
-    from tracker_daemon.generation import Record
     from tracker_daemon.sink import Applied
 
 LOST_REASONS: Final = ("deadline", "halted", "worker_failed", "closed", "journal_gone")
@@ -118,9 +116,9 @@ class Totals:
         self.journaled += self._recovering.total()
         self._recovering.clear()
 
-    def reading(self, waiting: Iterable[Record], threads: int, oldest_at: int) -> Books:
-        """Return the books, with what waits in the queue."""
-        accepted = self.folded + self.recovered + Counter(KINDS[len(record)] for record in waiting)
+    def reading(self, waiting: Counter[str], threads: int, oldest_at: int) -> Books:
+        """Return the books, with what waits in the queue, by method."""
+        accepted = self.folded + self.recovered + waiting
         settled = self.applied.total() + self.dead_lettered.total() + self.lost.total()
         return Books(
             accepted=dict(accepted),

@@ -1,20 +1,28 @@
-"""The queue of calls in memory: callers append, the worker folds.
+"""The queue of calls in memory: callers put, the worker folds.
 
 The journal has one of the same shape, whose calls are in files.
+
+A call's five fields stand in one list, behind those of the call before. A tuple for each would be something that the
+garbage collector has to look at while calls come faster than they are folded, and three times the memory.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from contextlib import suppress
-from itertools import chain, compress, islice, repeat, starmap
-from operator import length_hint
-from typing import TYPE_CHECKING, Protocol
+from collections import Counter
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from tracker_daemon.generation import TURN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+    from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
     from tracker_daemon.generation import Record
+
+_FIELDS: Final = 5
+# The list is cut when this many fields at least are read, and at least as many as still wait: what is moved then is no
+# more than what was read.
+_CUT: Final = 5_000
 
 
 class Calls(Protocol):
@@ -27,7 +35,8 @@ class Calls(Protocol):
 
     def __len__(self) -> int: ...
 
-    def append(self, record: Record, /) -> None:
+    @property
+    def put(self) -> Callable[[Record], object]:
         """Take one call, from any thread, without a lock."""
         ...
 
@@ -38,21 +47,79 @@ class Calls(Protocol):
         """
         ...
 
-    def waiting(self) -> Collection[Record]:
+    def waiting(self) -> Waiting:
         """Return the calls that wait, in order."""
         ...
 
     @property
-    def folding(self) -> Collection[Record]:
+    def folding(self) -> Waiting:
         """Return calls that are taken off, and folded, and not counted yet as folded."""
         ...
 
+    @property
+    def unfolded(self) -> int:
+        """How many calls are not counted yet as folded."""
+        ...
 
-class CallQueue(deque["Record"]):
-    """A deque; `append` is the whole cost of a call here."""
+
+class Waiting:
+    """Calls as they were at one instant.
+
+    Args:
+        fields: of all of them, one after the other.
+    """
+
+    def __init__(self, fields: Sequence[Any] = ()) -> None:
+        self._fields = fields
+
+    def __len__(self) -> int:
+        return len(self._fields) // _FIELDS
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yield them one by one, each made in its turn: a whole queue of them would bring the collector about."""
+        return zip(*(iter(self._fields),) * _FIELDS, strict=True)
+
+    @property
+    def threads(self) -> Sequence[str]:
+        """The thread of each."""
+        return self._fields[::_FIELDS]
+
+    @property
+    def methods(self) -> Counter[str]:
+        """How many there are by method."""
+        others = [tokens for tokens in self._fields[2::_FIELDS] if type(tokens) is not int]
+        return Counter(others) + Counter({TURN: len(self) - len(others)})
+
+    def of(self, thread_id: str) -> list[Record]:
+        """Return those of one thread."""
+        return [record for record in self if record[0] == thread_id]
+
+
+class CallQueue:
+    """A list of fields; to extend it by a call's is the whole cost of a call here.
+
+    CPython does so in one step, all five or, out of memory, none.
+    """
 
     on_disk = False
-    _part: tuple[list[Record], Iterator[Record]] | None = None
+
+    def __init__(self) -> None:
+        self._fields: list[Any] = []
+        self.put: Callable[[Record], object] = self._fields.extend
+        self._read = 0
+        """Where the calls begin that are not folded; before them nothing is left."""
+        self._following: Any = iter(self._fields)
+        self._is_folding = False
+
+    def __len__(self) -> int:
+        taken = self._taken
+        return max(0, len(self._fields) - taken) // _FIELDS
+
+    @property
+    def _taken(self) -> int:
+        """Where the calls begin that are not folded; amid a fold the last one asked for is not in yet."""
+        asked: int = self._following.__reduce__()[2]  # where the iterator stands
+        return max(self._read, asked - _FIELDS) if self._is_folding else asked
 
     def drain(
         self,
@@ -62,33 +129,41 @@ class CallQueue(deque["Record"]):
         most: int,  # noqa: ARG002
     ) -> int:
         """Fold at most *limit* calls; return how many. A call is folded before it is taken off."""
-        part = self._first(limit)
-        following = iter(part)
-        self._part = part, following
+        # Never so far that the iterator meets the end of the list: from there it would not go on.
+        number = min(limit, (len(self._fields) - self._read) // _FIELDS)
+        following = self._following
+        self._is_folding = True
         try:
-            # With each record but the first the one before is taken off (and is true, as what lets this one through).
-            # In Python it would cost a third of what the folding itself does.
-            fold_all(compress(following, chain((True,), starmap(self.popleft, repeat(())))))
-            if part:
-                self.popleft()
+            # The tuple is the same one for all of them, filled anew.
+            fold_all(islice(zip(*(following,) * _FIELDS, strict=False), number))
+        except BaseException:
+            following.__setstate__(self._taken)
+            raise
         finally:
-            self._part = None
-        return len(part)
+            self._is_folding = False
+            self._let_go()
+        return number
+
+    def _let_go(self) -> None:
+        fields, start, end = self._fields, self._read, self._taken
+        # In the place of what is read, so that nothing else moves; a part at a time, as they were folded.
+        fields[start:end] = [None] * (end - start)
+        self._read = end
+        if end >= _CUT and 2 * end >= len(fields):
+            del fields[:end]
+            self._read = 0
+            self._following.__setstate__(0)
 
     @property
-    def folding(self) -> list[Record]:
+    def folding(self) -> Waiting:
         """Those of the part under way that are taken off: for a finalizer that looks in amid the fold."""
-        if self._part is None:
-            return []
-        part, following = self._part
-        return part[: max(0, len(part) - length_hint(following) - 1)]
+        return Waiting(self._fields[self._read : self._taken])
 
-    def _first(self, limit: int) -> list[Record]:
-        """Return the calls at the head, which stay."""
-        while True:
-            with suppress(RuntimeError):  # somebody appended between the iterator's making and its end: once more
-                return list(islice(self, limit))
-
-    def waiting(self) -> deque[Record]:
+    def waiting(self) -> Waiting:
         """Return the calls that wait, in order."""
-        return self.copy()
+        return Waiting(self._fields[self._taken :])
+
+    @property
+    def unfolded(self) -> int:
+        """How many calls are not counted yet as folded."""
+        return (len(self._fields) - self._read) // _FIELDS

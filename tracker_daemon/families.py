@@ -29,7 +29,7 @@ OUTCOMES = ("ok", "duplicate", "retry", "error")
 
 def families(total: Sum) -> Iterator[Metric]:
     """Yield every family of *total*."""
-    kinds = tuple(KINDS.values())
+    kinds = KINDS
     yield _counter("calls_accepted", "Calls taken.", "call", kinds, total.accepted)
     yield _counter("calls_applied", "Calls committed to the database.", "call", kinds, total.applied)
     yield _counter("calls_rejected", "Calls not taken.", "reason", REJECTED_REASONS, total.rejected)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from tracker_daemon import calls
 from tracker_daemon.errors import InvalidCall, QueueFull, TrackerClosed
+from tracker_daemon.generation import ENSURE, ensure, resolve
 from tracker_daemon.logs import Rated, get_logger
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ class FrontDoor:
         """
         try:
             if type(thread_id) is str and thread_id.isascii() and _FORBIDDEN[len(thread_id)] not in thread_id:
-                for append in self._backlog.gate:
-                    append((thread_id, time_ns()))
+                for put in self._backlog.gate:
+                    put((thread_id, None, ENSURE, 0, time_ns()))
                     return True
         except Exception:  # noqa: S110 - longer than any name: the slow way says so
             pass
@@ -105,7 +106,7 @@ class FrontDoor:
         except InvalidCall:
             self._refusals.add("invalid")
             raise
-        return self._enter((name, time_ns()))
+        return self._enter(ensure(name, time_ns()))
 
     def record_turn(self, thread_id: str, agent_name: str | None = None, tokens: int = 0, cost: calls.Cost = 0) -> bool:
         """Count one turn of the conversation.
@@ -140,8 +141,8 @@ class FrontDoor:
                 and cost < 1e9
             ):
                 agent = self._agents[agent_name]
-                for append in self._backlog.gate:
-                    append((thread_id, agent, tokens, cost, time_ns()))
+                for put in self._backlog.gate:
+                    put((thread_id, agent, tokens, cost, time_ns()))
                     return True
         except Exception:  # noqa: S110 - an agent not seen before, or what is no name at all: the slow way says which
             pass
@@ -175,7 +176,7 @@ class FrontDoor:
             QueueFull, TrackerClosed: not accepted, with `overflow="raise"`.
         """
         try:
-            record = (
+            record = resolve(
                 calls.name("thread_id", thread_id),
                 calls.name("resolution_type", resolution_type),
                 time_ns(),
@@ -192,8 +193,8 @@ class FrontDoor:
 
     def _enter(self, record: Record) -> bool:
         """Append a validated call, unless closed or full; see to it that a worker looks at it."""
-        for append in self._backlog.gate:
-            append(record)
+        for put in self._backlog.gate:
+            put(record)
             return True
         if os.getpid() != self._pid:
             self._after_fork()

@@ -22,15 +22,14 @@ if TYPE_CHECKING:
     from tracker_daemon.calls import Cost
     from tracker_daemon.delta import Row
 
-# A call in the queue; its length tells its kind. The instant comes last, in nanoseconds since 1970.
-Ensure: TypeAlias = "tuple[str, int]"
-Resolve: TypeAlias = "tuple[str, str, int]"
-Turn: TypeAlias = "tuple[str, str | None, int, Cost, int]"
-Record: TypeAlias = "Ensure | Resolve | Turn"
+# A call: its thread; agent or resolution type; tokens, or which call it is if no turn; cost; when, in nanoseconds since
+# 1970. All have the same five fields, so that those of many can stand one after the other (`call_queue`).
+Record: TypeAlias = "tuple[str, str | None, int | str, Cost, int]"
 
-KINDS: Final = {2: "ensure_conversation", 5: "record_turn", 3: "resolve"}
-_ENSURE: Final = 2
-_TURN: Final = 5
+ENSURE: Final = "ensure_conversation"
+TURN: Final = "record_turn"
+RESOLVE: Final = "resolve"
+KINDS: Final = (ENSURE, TURN, RESOLVE)
 _UNITS: Final = 10**12
 _FLOAT_UNITS: Final = 1e12
 # As in `delta`: below it, whether units divided give the float again tells whether they are exact.
@@ -100,30 +99,30 @@ class Generation:
         deltas, simple, turns_added = self.deltas, self.create_missing, 0
         get, slowly, others = deltas.get, self._fold_slowly, list[str]()
         try:
-            for record in records:
-                row = get(record[0])
-                if len(record) != _TURN:
+            for thread_id, agent, tokens, cost, taken_at in records:
+                row = get(thread_id)
+                if type(tokens) is not int:
+                    record = (thread_id, agent, tokens, cost, taken_at)
                     slowly(record, row, on_new)
-                    others.append(KINDS[len(record)])
+                    others.append(method_of(record))
                     continue
-                thread_id, agent, tokens, cost, at = record
-                at //= 1_000
+                at = taken_at // 1_000
                 if type(cost) is float and cost < _EXACT_BELOW and cost > -_EXACT_BELOW:
                     units = (cost * _FLOAT_UNITS).__round__()
                     ordinary = units / _FLOAT_UNITS == cost
                 else:
                     units = cost * _UNITS if (ordinary := type(cost) is int) else 0
                 if not ordinary:
-                    slowly(record, row, on_new)
+                    slowly((thread_id, agent, tokens, cost, taken_at), row, on_new)
                 elif row is None:
-                    self.oldest_at = self.oldest_at or record[4]
+                    self.oldest_at = self.oldest_at or taken_at
                     on_new(thread_id)
                     deltas[thread_id] = (thread_id, 1, tokens, units, at, at, agent, 0, None)
                 else:
                     _, turns, total, paid, first, last, agents, ensures, rare = row
                     # Another agent than the one before, or a turn that may find no row: not so common.
                     if (agent != agents and agent is not None and agents is not None) or not (simple or ensures):
-                        slowly(record, row, on_new)
+                        slowly((thread_id, agent, tokens, cost, taken_at), row, on_new)
                     else:
                         deltas[thread_id] = (
                             row[0],
@@ -146,7 +145,7 @@ class Generation:
         thread_id, part = record[0], self.deltas
         if row is not None and not (self.create_missing or row[7]):
             followers = self.followers
-            if thread_id in followers or len(record) == _ENSURE:
+            if thread_id in followers or record[2] == ENSURE:
                 part, row = followers, followers.get(thread_id)
         delta = ThreadDelta(thread_id, record[-1] // 1_000) if row is None else unpacked(row, give=True)
         add(delta, record)
@@ -201,15 +200,31 @@ def _nothing(_: str) -> None:
     pass
 
 
+def ensure(thread_id: str, at: int) -> Record:
+    """Return an `ensure_conversation`."""
+    return thread_id, None, ENSURE, 0, at
+
+
+def resolve(thread_id: str, resolution_type: str, at: int) -> Record:
+    """Return a `resolve`."""
+    return thread_id, resolution_type, RESOLVE, 0, at
+
+
+def method_of(record: Record) -> str:
+    """Return the name of the method that was called."""
+    return TURN if isinstance(record[2], int) else record[2]
+
+
 def add(delta: ThreadDelta, record: Record) -> None:
     """Add one queued call to *delta*."""
-    at = record[-1] // 1_000
-    if len(record) == 5:
-        delta.turn(record[1], record[2], record[3], at)
-    elif len(record) == 2:
-        delta.ensure(at)
+    _, name, tokens, cost, at = record
+    if isinstance(tokens, int):
+        delta.turn(name, tokens, cost, at // 1_000)
+    elif tokens == ENSURE:
+        delta.ensure(at // 1_000)
     else:
-        delta.resolve(record[1], at)
+        assert name is not None
+        delta.resolve(name, at // 1_000)
 
 
 def summed(records: Sequence[Record]) -> ThreadDelta:

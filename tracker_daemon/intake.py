@@ -4,7 +4,8 @@ Rules:
 1. Calls are appended to `queue` without asking as often as `gate` says; else by `enter`, which keeps bounds.
 2. The bound is on distinct threads in memory; a call for a thread that is pending already is accepted however long the
    database is away.
-3. The gate is raised under `lock` alone. Callers take `_turn`, which the worker never does but to close.
+3. The gate is raised under `lock`, or, far from the second bound, in a caller's turn. Callers take `_turn`, which the
+   worker never does but to close.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from itertools import repeat
 from operator import length_hint
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, Final
 
 from tracker_daemon.books import Totals
@@ -47,7 +48,7 @@ class Intake:
         self._journal = journal
         self.queue: Calls = CallQueue() if journal is None else journal.queue
         self.gate: Iterator[Callable[[Record], object]] = _SHUT
-        """Gives the queue's `append` to as many calls as may come in without asking; then, and shut, to none.
+        """Gives the queue's `put` to as many calls as may come in without asking; then, and shut, to none.
 
         Taking a place is one step of the interpreter, in which no other thread runs: no two calls get the same. To ask
         the queue for its length would make an integer for every call.
@@ -62,7 +63,7 @@ class Intake:
         self._resident: tuple[Generation, ...] = ()
         """The sealed windows that are in memory."""
         self._threads = 0
-        self._turn = RLock()
+        self._turn, self._raising = RLock(), Lock()
         self._waiting: set[str] | None = None
         self._moves = self._new = 0
         self._counted = -1
@@ -97,14 +98,21 @@ class Intake:
             self._waiting = None
         elif not self._fits_near_the_bound(record[0]):
             return "max_pending"
-        self.queue.append(record)
-        # Raised under the lock alone, so that it never exceeds the room; who holds it raises the gate himself.
-        if is_room and self.lock.acquire(blocking=False):
-            try:
-                self._raise_gate(max(NUDGE, 2 * waiting))
-            finally:
-                self.lock.release()
+        self.queue.put(record)
+        if is_room:
+            self._raise_for_others(max(NUDGE, 2 * waiting))
         return None
+
+    def _raise_for_others(self, calls: int) -> None:
+        """Raise the gate, that who comes next need not take a turn; not where what is folded now may reach a bound."""
+        is_held = self.lock.acquire(blocking=False)
+        try:
+            # Else the worker is folding, and may be for long: it has lost the interpreter to those who call.
+            if is_held or self.queue.on_disk or self.max_pending - self._threads >= 2 * self.max_queue_size:
+                self._raise_gate(calls)
+        finally:
+            if is_held:
+                self.lock.release()
 
     def enter_all(self, records: Sequence[Record], taken_at: int = 0) -> str | None:
         """Append *records* if all of them fit, else none; return as `enter`. Waits for a worker that is folding.
@@ -130,7 +138,7 @@ class Intake:
                 first = self.folded + len(self.queue)
                 self._given.append((first, first + len(records), taken_at))
             for record in records:
-                self.queue.append(record)
+                self.queue.put(record)
             self._waiting = None
             return None
 
@@ -139,7 +147,7 @@ class Intake:
         if self.gate is not _SHUT or waiting is None:
             # Calls may have come by the gate: look once which threads wait, then keep count here.
             self.gate = _SHUT
-            waiting = self._waiting = {record[0] for record in self.queue.waiting()}
+            waiting = self._waiting = set(self.queue.waiting().threads)
             self._counted = -1
         if self._counted != moves:
             # Over a copy: a signal handler that calls in the middle adds to the set.
@@ -206,9 +214,18 @@ class Intake:
     def accepted(self) -> int:
         """Calls accepted by this life, ever."""
         with self.lock:
-            return self.folded + len(self.queue.folding) + len(self.queue.waiting())
+            return self.folded + self.queue.unfolded
 
     def _raise_gate(self, calls: int) -> None:
+        # One at a time; nobody waits: a finalizer may run in here.
+        if not self._raising.acquire(blocking=False):
+            return
+        try:
+            self._raise_to(calls)
+        finally:
+            self._raising.release()
+
+    def _raise_to(self, calls: int) -> None:
         self._waiting = None  # what came by the gate is not counted there
         room = self.max_queue_size if self.queue.on_disk else self.max_pending - self._threads
         most = 0 if self.closed else min(calls, room, self.max_queue_size)
@@ -221,7 +238,7 @@ class Intake:
             self._set_gate(min(self.places, most - len(self.queue)))
 
     def _set_gate(self, places: int) -> None:
-        self.gate = repeat(self.queue.append, places) if places > 0 else _SHUT
+        self.gate = repeat(self.queue.put, places) if places > 0 else _SHUT
         if self.forking:
             self.gate = _SHUT
 

@@ -150,13 +150,16 @@ class Worker:
 
     def wake(self) -> None:
         """Have the worker look around now; start it if need be."""
-        self._woken = True
-        if self._may_start:
-            self.start()
         loop = self._loop
-        if loop is not None:
-            with suppress(RuntimeError):  # the loop has just closed: nobody needs waking
-                loop.call_soon_threadsafe(self._on_wake)
+        # Woken already, it has not looked yet: what the caller has put it finds. A call at a bound need not write to
+        # the loop's pipe each time, which costs twenty times what the call does.
+        if not self._woken or loop is None or self._hurry:
+            self._woken = True
+            if self._may_start:
+                self.start()
+            if loop is not None:
+                with suppress(RuntimeError):  # the loop has just closed: nobody needs waking
+                    loop.call_soon_threadsafe(self._on_wake)
         if self.finished.done():
             self._backlog.abandon("closed")  # a call that overlapped with the very end of `close`
 

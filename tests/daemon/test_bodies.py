@@ -18,6 +18,7 @@ from tests.daemon.harness import Daemon, serving
 from tests.strategies import any_costs, names
 from tracker_daemon import InvalidCall, MemorySink, Tracker
 from tracker_daemon.daemon import ingest
+from tracker_daemon.generation import ensure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -246,4 +247,4 @@ def test_what_is_wrong_is_named(line: str, error: str) -> None:
 def test_instants(at: str, nanoseconds: int) -> None:
     """Every form of RFC 3339, from the first instant to the last one."""
     line = f'{{"call": "ensure_conversation", "thread_id": "t", "at": "{at}"}}'
-    assert ingest.read_calls(line.encode(), now=0, max_line=1_000, max_calls=1) == [("t", nanoseconds)]
+    assert ingest.read_calls(line.encode(), now=0, max_line=1_000, max_calls=1) == [ensure("t", nanoseconds)]

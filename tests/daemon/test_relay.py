@@ -254,9 +254,7 @@ async def test_dead_letters_count_by_kind(registry: CollectorRegistry) -> None:
             tasks.start_soon(relay.run)
             await relay.apply(found, "c")
             tasks.cancel_scope.cancel()
-    accepted = {
-        kind: registry.get_sample_value("tracker_calls_accepted_total", {"call": kind}) for kind in KINDS.values()
-    }
+    accepted = {kind: registry.get_sample_value("tracker_calls_accepted_total", {"call": kind}) for kind in KINDS}
     assert accepted == {"ensure_conversation": 1, "record_turn": 1, "resolve": 0}
     assert registry.get_sample_value("tracker_calls_dead_lettered_total", {"reason": "constraint"}) == 2
     assert total(registry, "tracker_queue_calls") == 0

@@ -19,6 +19,7 @@ from tests.journal.test_repair import offsets, spoil
 from tracker_daemon import MemorySink, Tracker
 from tracker_daemon.batch import Batch
 from tracker_daemon.cli import program
+from tracker_daemon.generation import ensure
 from tracker_daemon.journal.lives import life_of
 from tracker_daemon.journal.records import FRAME
 from tracker_daemon.memory_sink import MemoryRow
@@ -271,7 +272,7 @@ def test_recover_a_life_that_creates_no_rows(tmp_path: Path, database: str) -> N
     """Whether a turn may create its row was decided when it was made."""
     calls = Calls()
     rig = Rig(tmp_path, MemorySink(), create_missing=False)
-    made: list[Record] = [calls.next("missing"), ("there", 1_700_000_000_000_000_000), calls.next("there")]
+    made: list[Record] = [calls.next("missing"), ensure("there", 1_700_000_000_000_000_000), calls.next("there")]
     for call in made:
         rig.call(call)
     rig.crash()

@@ -342,7 +342,7 @@ def test_a_window_synced_while_it_is_being_cut(tmp_path: Path, monkeypatch: pyte
     real_seal = journal.seal
 
     def seal(*arguments: Any) -> Any:
-        journal.queue.append(scene.calls.next("t1"))
+        journal.queue.put(scene.calls.next("t1"))
         journal._unsynced, kept = [], journal._unsynced
         journal.sync()  # in another thread: it finds the new file, and no longer the old one
         journal._unsynced = kept

@@ -11,6 +11,7 @@ from tests.journal.forgetful import ForgetfulSink
 from tests.journal.rig import Calls, Rig, recovered, small_files
 from tests.test_sinks import daemon_on, daemons, running
 from tracker_daemon import MemorySink
+from tracker_daemon.generation import ensure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ def socket(database: str) -> Iterator[str]:
 
 def some_calls(rig: Rig, calls: Calls) -> set[tuple[str, int]]:
     """Make a turn on a thread that nobody ensures, and turns on one that is; return those of the latter."""
-    rig.call(("there", 1_700_000_000_000_000_000))
+    rig.call(ensure("there", 1_700_000_000_000_000_000))
     rig.call(calls.next("there"))
     before = set(calls.made)
     rig.call(calls.next("missing"))
@@ -66,7 +67,7 @@ def test_applied_again_by_a_process_that_is_set_otherwise(create_missing: bool, 
     """So is what the database has forgotten since it was applied, and the journal still has."""
     sink, calls = ForgetfulSink(back_to=1), Calls()
     rig = Rig(tmp_path, sink, create_missing=create_missing)
-    rig.call(("first", 1_700_000_000_000_000_000))
+    rig.call(ensure("first", 1_700_000_000_000_000_000))
     rig.flush()
     there = some_calls(rig, calls)
     rig.flush()

@@ -18,7 +18,7 @@ from tests.journal.rig import NOW, header
 from tracker_daemon.delta import ThreadDelta
 from tracker_daemon.errors import InvalidCall
 from tracker_daemon.front_door import FrontDoor
-from tracker_daemon.generation import Generation, Record
+from tracker_daemon.generation import Generation, Record, ensure, resolve
 from tracker_daemon.journal import records
 from tracker_daemon.journal.lives import life_of
 from tracker_daemon.journal.records import (
@@ -48,7 +48,7 @@ def turns() -> st.SearchStrategy[Record]:
 
 def calls() -> st.SearchStrategy[Record]:
     """Calls as the front door queues them."""
-    return st.one_of(turns(), st.tuples(NAMES, INSTANTS), st.tuples(NAMES, NAMES, INSTANTS))
+    return st.one_of(turns(), st.builds(ensure, NAMES, INSTANTS), st.builds(resolve, NAMES, NAMES, INSTANTS))
 
 
 def payloads(data: bytes) -> list[bytes]:
@@ -302,12 +302,12 @@ def test_names(name: str, is_ours: bool) -> None:
 # -- files of today --------------------------------------------------------------------------------
 
 EVERY: Final[tuple[Record, ...]] = (
-    ("t-1", NOW),
+    ensure("t-1", NOW),
     ("t-1", None, 5, 0.1, NOW + 1_000),
     ("t-1", "billing", -7, 3, NOW + 2_000),
     ("t-é", "日本語", 2**62, Decimal("1.10"), NOW + 3_000),
     ("t-é", "a", 0, 2**70, NOW + 4_000),
-    ("t-1", "solved", NOW + 5_000),
+    resolve("t-1", "solved", NOW + 5_000),
 )
 
 
@@ -315,7 +315,7 @@ def golden_file(path: Path) -> None:
     """Write the file that is kept: every kind of record, in a sealed window of which the first half is sums."""
     head = header(producer=UUID(int=0x1234), epoch=3, database=7, number=4, window=2, anew=True, create_missing=False)
     segment = Segment(head, 4_096, path)
-    first = folded([*EVERY, ("t-2", "x", 1, 0.5, NOW), ("t-2", NOW + 1)], create_missing=False)
+    first = folded([*EVERY, ("t-2", "x", 1, 0.5, NOW), ensure("t-2", NOW + 1)], create_missing=False)
     for delta, late in first.sums():
         segment.write(records.encode_sum(delta, late=late))
     segment.write(records.encode_mark(Opened(3, 7)))
@@ -337,7 +337,7 @@ def test_golden(path: Path, tmp_path: Path) -> None:
     [window] = life.windows
     assert (window.first, window.batches, window.last, window.calls) == (11, 2, 12, 14)
     assert (window.max_batch_size, window.create_missing) == (2, False)
-    expected = folded([*EVERY, ("t-2", "x", 1, 0.5, NOW), ("t-2", NOW + 1), *EVERY], create_missing=False)
+    expected = folded([*EVERY, ("t-2", "x", 1, 0.5, NOW), ensure("t-2", NOW + 1), *EVERY], create_missing=False)
     assert same(window.load(), expected)
     again = tmp_path / path.name
     golden_file(again)

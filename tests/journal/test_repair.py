@@ -11,6 +11,7 @@ import pytest
 from tests.journal.interruptions import Interruption
 from tests.journal.rig import Calls, Rig, recovered, small_files
 from tests.model.manual_clock import run
+from tracker_daemon.generation import ensure
 from tracker_daemon.journal.inspection import files_in, inspect
 from tracker_daemon.journal.records import FRAME, HEADER_SIZE, payload_at
 from tracker_daemon.journal.repair import Repaired, repair
@@ -213,13 +214,13 @@ def test_more_batches_than_there_were(tmp_path: Path) -> None:
     """Without what is lost a window may fall into more batches than it had: they are not numbered into the next one."""
     calls, sink = Calls(), Some(0)
     rig = Rig(tmp_path, sink, create_missing=False)
-    rig.call(("t", 1))
+    rig.call(ensure("t", 1))
     for number in range(2):
         rig.call(calls.next("t"))
-        rig.call(("t", 2 + number))
+        rig.call(ensure("t", 2 + number))
     rig.seal()
     rig.sync()
-    rig.call(("behind", 9))
+    rig.call(ensure("behind", 9))
     rig.call(calls.next("behind"))
     rig.seal()
     rig.sync()

@@ -92,7 +92,7 @@ def test_in_order_through_rolls_and_cuts() -> None:
     ever: list[Record] = []
     for number in range(2_000):
         made.append(a_call(number))
-        queue.append(made[-1])
+        queue.put(made[-1])
         if random.random() < 0.3:
             queue.drain(window.extend, random.randrange(1, 5), NOBODY, 10**6)
         if random.random() < 0.05:
@@ -111,7 +111,7 @@ def test_the_bound_of_the_window() -> None:
     """`drain` stops when the window holds enough; the rest waits."""
     queue, held = new_queue(), list[Any]()
     for number in range(50):
-        queue.append(a_call(number))
+        queue.put(a_call(number))
     assert queue.drain(held.extend, 1_000, held, 7) == 7
     assert (len(held), len(queue)) == (7, 43)
     assert queue.drain(held.extend, 1_000, held, 7) == 0
@@ -142,7 +142,7 @@ def test_many_threads_beside_the_worker() -> None:
         for number in range(each):
             if not number % burst:
                 go.wait()
-            queue.append(a_call(number, name))
+            queue.put(a_call(number, name))
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -190,7 +190,7 @@ def test_looking_from_another_thread() -> None:
     try:
         looker.start()
         for number in range(6_000):
-            queue.append(a_call(number))
+            queue.put(a_call(number))
             if not number % 5:
                 drained(queue, 3)
             if not number % 17:
@@ -211,15 +211,15 @@ def test_a_signal_handler_in_the_middle_of_a_call(filled: int) -> None:
         queue = new_queue()
         first = [a_call(each) for each in range(filled)]
         for call in first:
-            queue.append(call)
-        interruption = Interruption(number, lambda queue=queue: queue.append(a_call(0, "handler")))  # type: ignore[misc]
-        interruption.during(lambda queue=queue: queue.append(a_call(filled)))  # type: ignore[misc]
+            queue.put(call)
+        interruption = Interruption(number, lambda queue=queue: queue.put(a_call(0, "handler")))  # type: ignore[misc]
+        interruption.during(lambda queue=queue: queue.put(a_call(filled)))  # type: ignore[misc]
         if not interruption.happened:
             break
         window = drained(queue)
         later = [a_call(each) for each in range(filled + 1, filled + 8)]
         for call in later:
-            queue.append(call)
+            queue.put(call)
         window += drained(queue)
         assert [call for call in window if call[0] == "t"] == [*first, a_call(filled), *later]
         assert [call for call in window if call[0] != "t"] == [a_call(0, "handler")]
@@ -243,10 +243,10 @@ def test_ctrl_c_in_the_middle_of_a_call(filled: int) -> None:
         queue = new_queue()
         first = [a_call(each) for each in range(filled)]
         for call in first:
-            queue.append(call)
+            queue.put(call)
         interruption = Interruption(number, interrupt)
         try:
-            interruption.during(lambda queue=queue: queue.append(a_call(-1)))  # type: ignore[misc]
+            interruption.during(lambda queue=queue: queue.put(a_call(-1)))  # type: ignore[misc]
         except KeyboardInterrupt:
             pass
         else:
@@ -254,7 +254,7 @@ def test_ctrl_c_in_the_middle_of_a_call(filled: int) -> None:
         window = drained(queue)
         later = [a_call(each) for each in range(filled, filled + 8)]
         for call in later:
-            queue.append(call)
+            queue.put(call)
         window += drained(queue)
         assert [call for call in window if call != a_call(-1)] == [*first, *later]
         there.add(len(window) > filled + 8)
@@ -273,7 +273,7 @@ def test_the_count_heals() -> None:
     queue = new_queue()
     queue._put(records.encode(a_call(1)))
     assert (len(queue), len(queue.waiting())) == (0, 1)
-    queue.append(a_call(2))
+    queue.put(a_call(2))
     assert drained(queue) == [a_call(1), a_call(2)]
     assert len(queue) == 0
     queue._put(records.encode(a_call(3)))
@@ -289,7 +289,7 @@ def test_a_call_larger_than_a_file() -> None:
     queue = new_queue()
     calls: list[Record] = [a_call(1), ("t", "x" * 40_000, 2, 0.5, NOW), a_call(3)]
     for call in calls:
-        queue.append(call)
+        queue.put(call)
     assert drained(queue) == calls
     assert [segment.size > 40_000 for segment in queue.segments] == [False, True, False]
 
@@ -299,7 +299,7 @@ def test_a_file_that_is_full_to_the_last_byte() -> None:
     size = len(records.encode(a_call(1)))
     queue = new_queue(HEADER_SIZE + 2 * size)
     for number in range(5):
-        queue.append(a_call(number))
+        queue.put(a_call(number))
     assert len(queue.segments) == 3
     rest, segments = cut(queue)
     assert rest == [a_call(number) for number in range(5)]
@@ -309,10 +309,10 @@ def test_a_file_that_is_full_to_the_last_byte() -> None:
 def test_after_the_end() -> None:
     """What comes after the end goes somewhere, and does not raise."""
     queue = new_queue()
-    queue.append(a_call(1))
+    queue.put(a_call(1))
     left = queue.end()
     assert read_segment(left[0]) == [a_call(1)]
-    queue.append(a_call(2))
+    queue.put(a_call(2))
     assert drained(queue) == [a_call(2)]
 
 
@@ -327,9 +327,9 @@ def test_a_signal_handler_while_a_file_is_made(tmp_path: Path, monkeypatch: pyte
         while rig.journal.queue.segments[-1].size - rig.journal.queue.segments[-1].end > 600:
             rig.call(calls.next("t" + "x" * 500))
         handled = calls.next("handler")
-        interruption = Interruption(number, lambda rig=rig, call=handled: rig.journal.queue.append(call))  # type: ignore[misc]
+        interruption = Interruption(number, lambda rig=rig, call=handled: rig.journal.queue.put(call))  # type: ignore[misc]
         one = calls.next("u" * 500)
-        interruption.during(lambda rig=rig, call=one: rig.journal.queue.append(call))  # type: ignore[misc]
+        interruption.during(lambda rig=rig, call=one: rig.journal.queue.put(call))  # type: ignore[misc]
         if not interruption.happened:
             rig.crash()
             break

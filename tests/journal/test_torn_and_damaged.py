@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.journal.rig import Calls, Rig, header, recovered, small_files
+from tracker_daemon.generation import TURN, method_of
 from tracker_daemon.journal import records
 from tracker_daemon.journal.records import FIRST_AT, FRAME, HEADER_SIZE, SYNCED_AT
 from tracker_daemon.journal.windows import Lost, pieces, producer_of, written
@@ -200,7 +201,7 @@ def flipped(data: bytes, at: int, bit: int) -> bytes:
 def test_a_flipped_bit_in_what_was_synced(sealed: bool, tmp_path: Path) -> None:
     """It is told, with the file and the offset, and nothing of the window is applied; or it changed nothing."""
     kept = a_file(tmp_path / "made", synced=8, sealed=sealed)
-    everything = {call[0]: call[2] for call in kept.calls if len(call) == 5}
+    everything = {call[0]: call[2] for call in kept.calls if method_of(call) == TURN}
     unnoticed = set[int]()
     starts = [0, HEADER_SIZE, *kept.ends]
     for at, bit in flips(0, min(len(kept.data), kept.synced)):

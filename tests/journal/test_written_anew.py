@@ -12,6 +12,7 @@ from tests.journal.disk import Choice, Disk, write_files
 from tests.journal.interruptions import Interruption
 from tests.journal.rig import NOW, Calls, Rig, recovered, small_files
 from tests.model.manual_clock import run
+from tracker_daemon.generation import ensure
 from tracker_daemon.memory_sink import MemorySink
 
 if TYPE_CHECKING:
@@ -317,7 +318,7 @@ def test_compacted_many_times(max_batch_size: int, create_missing: bool, tmp_pat
     rewritten = 0
     for number in range(120):
         thread_id = f"t{random.randrange(7)}"
-        record: Record = calls.next(thread_id) if random.random() < 0.3 else (thread_id, NOW + number)
+        record: Record = calls.next(thread_id) if random.random() < 0.3 else ensure(thread_id, NOW + number)
         for rig in rigs:
             rig.call(record)
         if not number % 7:

@@ -84,7 +84,7 @@ class World:
     def put(self, *threads: str) -> None:
         """Make one call on each of *threads*, and seal."""
         for thread_id in threads or ("t",):
-            self.backlog.queue.append((thread_id, "a", 1, 0, AT))
+            self.backlog.queue.put((thread_id, "a", 1, 0, AT))
         self.backlog.drain(1_000)
         if not self.backlog.in_flight:
             self.backlog.seal()

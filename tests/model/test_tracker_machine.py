@@ -38,7 +38,7 @@ from tracker_daemon.backlog import Backlog
 from tracker_daemon.errors import Fenced, SchemaError
 from tracker_daemon.flush_numbers import FlushNumbers
 from tracker_daemon.flusher import Flusher
-from tracker_daemon.generation import KINDS
+from tracker_daemon.generation import RESOLVE, TURN, ensure, method_of, resolve
 from tracker_daemon.memory_sink import MemoryRow
 from tracker_daemon.sink import Applied, LedgerMissing, LedgerRegressed, Opened, SinkFault
 
@@ -497,11 +497,11 @@ class TrackerMachine(RuleBasedStateMachine):
         if kind == "turn" and made < CALLS_PER_THREAD:
             record = (thread_id, f"a{made % 3}", self.digits.tokens(thread_id), 0.1, at)
         elif kind == "resolve":
-            record = (thread_id, f"r{self.ticks}", at)
+            record = resolve(thread_id, f"r{self.ticks}", at)
         else:
-            record = (thread_id, at)
+            record = ensure(thread_id, at)
         assert life.backlog.enter(record) is None
-        life.accepted[KINDS[len(record)]] += 1
+        life.accepted[method_of(record)] += 1
         life.pending[thread_id] += 1
         self.calls[thread_id].append(record)
 
@@ -799,8 +799,8 @@ def row_of(calls: list[Record]) -> MemoryRow | None:
     """Return the row of a thread after *calls*, in plain sums."""
     if not calls:
         return None
-    turns = [record for record in calls if len(record) == 5]
-    resolves = [record for record in calls if len(record) == 3]
+    turns = [record for record in calls if method_of(record) == TURN]
+    resolves = [record for record in calls if method_of(record) == RESOLVE]
     first = calls[0][-1] // 1_000
     row = MemoryRow(first, turns[-1][-1] // 1_000 if turns else first)
     row.turn_count, row.total_tokens = len(turns), sum(record[2] for record in turns)

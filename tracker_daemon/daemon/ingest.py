@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tracker_daemon import calls
 from tracker_daemon.batch import Batch
 from tracker_daemon.errors import InvalidCall, shown
-from tracker_daemon.generation import Generation
+from tracker_daemon.generation import Generation, ensure, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -120,9 +120,9 @@ def _call(line: bytes, now: int) -> Record:
             raise _Wrong(f"{key} is missing")
     thread_id = calls.name("thread_id", value["thread_id"])
     if kind == "ensure_conversation":
-        return thread_id, at
+        return ensure(thread_id, at)
     if kind == "resolve":
-        return thread_id, calls.name("resolution_type", value["resolution_type"]), at
+        return resolve(thread_id, calls.name("resolution_type", value["resolution_type"]), at)
     return (
         thread_id,
         calls.optional_name("agent_name", value.get("agent_name")),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
 from zlib import crc32
 
+from tracker_daemon import generation
 from tracker_daemon.delta import ThreadDelta
 
 if TYPE_CHECKING:
@@ -91,22 +92,19 @@ class Blank(Damaged):
 
 def encode(record: Record) -> bytes:
     """Return one call as a framed record."""
-    if len(record) == 5:
-        thread_id, agent_name, tokens, cost, at = record
-        thread = thread_id.encode()
-        agent = b"" if agent_name is None else agent_name.encode()
+    thread_id, name, tokens, cost, at = record
+    thread, agent = thread_id.encode(), b"" if name is None else name.encode()
+    if isinstance(tokens, int):
         if type(cost) is float or (type(cost) is int and -_INT_EXACT < cost < _INT_EXACT):
             payload = _pack_turn(TURN, at, tokens, cost, len(thread), len(agent)) + thread + agent
         else:
             text = _text(cost)
             payload = _TURN_EXACT.pack(TURN_EXACT, at, tokens, len(thread), len(agent), len(text))
             payload += thread + agent + text
-    elif len(record) == 2:
-        thread = record[0].encode()
-        payload = _pack_ensure(ENSURE, record[1], len(thread)) + thread
+    elif tokens == generation.ENSURE:
+        payload = _pack_ensure(ENSURE, at, len(thread)) + thread
     else:
-        thread, resolution = record[0].encode(), record[1].encode()
-        payload = _pack_resolve(RESOLVE, record[2], len(thread), len(resolution)) + thread + resolution
+        payload = _pack_resolve(RESOLVE, at, len(thread), len(agent)) + thread + agent
     return _pack_frame(len(payload), crc32(payload)) + payload
 
 
@@ -204,12 +202,12 @@ def _decode(payload: bytes) -> Record | Sum | Opened | End:  # noqa: PLR0911 - a
     if kind == ENSURE:
         _, at, n = _ENSURE.unpack_from(payload)
         _exactly(payload, _ENSURE.size + n)
-        return payload[_ENSURE.size :].decode(), at
+        return generation.ensure(payload[_ENSURE.size :].decode(), at)
     if kind == RESOLVE:
         _, at, n, m = _RESOLVE.unpack_from(payload)
         here = _RESOLVE.size
         _exactly(payload, here + n + m)
-        return payload[here : here + n].decode(), payload[here + n :].decode(), at
+        return generation.resolve(payload[here : here + n].decode(), payload[here + n :].decode(), at)
     if kind == TURN_EXACT:
         _, at, tokens, n, m, k = _TURN_EXACT.unpack_from(payload)
         here = _TURN_EXACT.size

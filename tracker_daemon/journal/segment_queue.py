@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections import deque
 from contextlib import suppress
 from threading import RLock
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from tracker_daemon.call_queue import Waiting
 from tracker_daemon.journal import records
 from tracker_daemon.journal.records import FRAME, Opened
 
@@ -59,7 +60,7 @@ class SegmentQueue(deque[None]):
 
     # -- the calls' side ---------------------------------------------------------------------------
 
-    def append(self, record: Record) -> None:  # type: ignore[override]  # what is counted and what is written differ
+    def put(self, record: Record) -> None:
         """Write one call."""
         data = records.encode(record)
         try:
@@ -158,7 +159,7 @@ class SegmentQueue(deque[None]):
                 record = records.decode(data[offset : offset + length])
                 offset += length
                 if isinstance(record, tuple):
-                    if len(record) == 5:
+                    if isinstance(record[2], int):
                         # One string for all turns of an agent, as the door has it.
                         record = (record[0], agents.setdefault(record[1], record[1]), *record[2:])
                     yield record
@@ -176,13 +177,18 @@ class SegmentQueue(deque[None]):
                 self.popleft()
 
     @property
-    def folding(self) -> tuple[Record, ...]:
+    def folding(self) -> Waiting:
         """See `Calls.folding`: a finalizer that looks in amid the fold finds these missing, until it is done."""
-        return ()
+        return Waiting()
 
-    def waiting(self) -> list[Record]:
+    @property
+    def unfolded(self) -> int:
+        """How many calls are not counted yet as folded: a call that is written may not have been counted here."""
+        return len(self.waiting())
+
+    def waiting(self) -> Waiting:
         """Return the calls that wait, in order. From any thread: what is read meanwhile may be among them."""
-        found: list[Record] = []
+        found: list[Any] = []
         for segment in tuple(self._chain):
             with suppress(ValueError):  # read and let go of meanwhile
                 offset, end = segment.read_to, segment.end
@@ -191,8 +197,8 @@ class SegmentQueue(deque[None]):
                     record = records.decode(segment.map[offset : offset + length])
                     offset += length
                     if isinstance(record, tuple):
-                        found.append(record)
-        return found
+                        found += record
+        return Waiting(found)
 
     def prepare_cut(self) -> Segment:
         """Return a segment for the next window. Does I/O: before anything is locked."""
