@@ -86,7 +86,9 @@ class Generation:
         """Add one call."""
         self.fold_all((record,), _nothing, Counter())
 
-    def fold_all(self, records: Iterable[Record], on_new: Callable[[str], object], counts: Counter[str]) -> None:
+    def fold_all(  # noqa: PLR0912 - a function called for each record would cost half as much as the whole fold
+        self, records: Iterable[Record], on_new: Callable[[str], object], counts: Counter[str]
+    ) -> None:
         """Add calls, in order.
 
         Args:
@@ -124,13 +126,17 @@ class Generation:
                     if (agent != agents and agent is not None and agents is not None) or not (simple or ensures):
                         slowly((thread_id, agent, tokens, cost, taken_at), row, on_new)
                     else:
+                        if last is not None and at > last:
+                            last = at
+                        else:  # the first turn, or one that was overtaken on its way into the queue
+                            first, last = _instants(first, last, at)
                         deltas[thread_id] = (
                             row[0],
                             turns + 1,
                             total + tokens,
                             paid + units,
-                            min(first, at),
-                            at if last is None or at > last else last,
+                            first,
+                            last,
                             agents or agent,
                             ensures,
                             rare,
@@ -198,6 +204,11 @@ class Generation:
 
 def _nothing(_: str) -> None:
     pass
+
+
+def _instants(first: int, last: int | None, at: int) -> tuple[int, int]:
+    """Return the earliest call's and the latest turn's instant with a turn at *at*."""
+    return min(first, at), at if last is None else max(last, at)
 
 
 def ensure(thread_id: str, at: int) -> Record:
