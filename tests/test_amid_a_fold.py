@@ -112,9 +112,9 @@ def test_a_busy_worker_is_woken_once(registry: CollectorRegistry, monkeypatch: p
         wakings: list[object] = []
         really = loop.call_soon_threadsafe
 
-        def counted(do: Callable[[], object]) -> object:
+        def counted(do: Callable[..., object], *arguments: object) -> object:
             wakings.append(do)
-            return really(do)
+            return really(do, *arguments)
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
         with tracker.backlog.lock:

@@ -58,7 +58,7 @@ FLOORS = [
     {"journal.segment_queue", "journal.windows", "journal.lock"},
     {"journal.segment"},
     {"journal.records"},
-    {"books"},
+    {"books", "waiting"},
     {"generation"},
     {
         "postgres.statements",

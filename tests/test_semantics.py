@@ -175,7 +175,7 @@ def assert_as_reference(world: World, history: History, expected: dict[str, orac
         for thread_id, row in rows.items():
             assert len(set(row[3])) == len(row[3]), "an agent stands twice"
             if thread_id in contested(history):
-                either = {r[1] for r in history.records if len(r) == 3 and oracle.instant(r[-1]) == row[7]}
+                either = {r[1] for r in history.records if method_of(r) == RESOLVE and oracle.instant(r[-1]) == row[7]}
                 assert row[6] in either
                 rows[thread_id] = (*row[:6], None, row[7])
     if history.processes > 1:

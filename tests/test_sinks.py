@@ -19,6 +19,7 @@ from tests.test_semantics import ALWAYS_ARRAYS, ALWAYS_COPY, as_row, new_databas
 from tracker_daemon import Fenced, MemorySink, Sink
 from tracker_daemon.batch import Batch
 from tracker_daemon.delta import ThreadDelta
+from tracker_daemon.generation import ensure, resolve
 from tracker_daemon.http_sink import HttpSink
 from tracker_daemon.postgres.connection import Connector
 from tracker_daemon.postgres.sink import PostgresSink
@@ -362,9 +363,14 @@ def test_recall(conninfo: str, form: str) -> None:
 def test_same_rows(conninfo: str) -> None:
     """The same batches leave the same rows in memory and in the table, by either form."""
     windows: list[list[Any]] = [
-        [("t", NOW), ("t", "\\.", 5, 0.1, NOW + 1_000), ("u", "x\ty", 1, 0.2, NOW)],
-        [("t", "\\N", 5, 0.1, NOW + 5_000), ("u", NOW), ("u", 'q"{}', NOW), ("v" * 512, None, 1, 10**30, NOW)],
-        [("t", "\\.", -5, 0.30, NOW + 9_000), ("t", "done", NOW), ("v" * 512, "NULL", 0, 1e-300, NOW)],
+        [ensure("t", NOW), ("t", "\\.", 5, 0.1, NOW + 1_000), ("u", "x\ty", 1, 0.2, NOW)],
+        [
+            ("t", "\\N", 5, 0.1, NOW + 5_000),
+            ensure("u", NOW),
+            resolve("u", 'q"{}', NOW),
+            ("v" * 512, None, 1, 10**30, NOW),
+        ],
+        [("t", "\\.", -5, 0.30, NOW + 9_000), resolve("t", "done", NOW), ("v" * 512, "NULL", 0, 1e-300, NOW)],
     ]
     found = []
     for form in FORMS:

@@ -1,6 +1,6 @@
 """What was accepted and is not settled: the queue of calls, the open window, the sealed windows, the books.
 
-Calls enter by `queue.append` alone; one worker moves them on:
+Calls enter by `queue.put` alone; one worker moves them on:
 
     queue --drain--> open window --seal--> sealed windows --settle--> the books
                      (threads: deltas)     (batches in order)         (applied, dead-lettered, lost)

@@ -8,18 +8,16 @@ garbage collector has to look at while calls come faster than they are folded, a
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from tracker_daemon.generation import TURN
+from tracker_daemon.waiting import FIELDS, Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+    from collections.abc import Callable, Iterable, Sized
 
     from tracker_daemon.generation import Record
 
-_FIELDS: Final = 5
 # The list is cut when this many fields at least are read, and at least as many as still wait: what is moved then is no
 # more than what was read.
 _CUT: Final = 5_000
@@ -62,39 +60,6 @@ class Calls(Protocol):
         ...
 
 
-class Waiting:
-    """Calls as they were at one instant.
-
-    Args:
-        fields: of all of them, one after the other.
-    """
-
-    def __init__(self, fields: Sequence[Any] = ()) -> None:
-        self._fields = fields
-
-    def __len__(self) -> int:
-        return len(self._fields) // _FIELDS
-
-    def __iter__(self) -> Iterator[Record]:
-        """Yield them one by one, each made in its turn: a whole queue of them would bring the collector about."""
-        return zip(*(iter(self._fields),) * _FIELDS, strict=True)
-
-    @property
-    def threads(self) -> Sequence[str]:
-        """The thread of each."""
-        return self._fields[::_FIELDS]
-
-    @property
-    def methods(self) -> Counter[str]:
-        """How many there are by method."""
-        others = [tokens for tokens in self._fields[2::_FIELDS] if type(tokens) is not int]
-        return Counter(others) + Counter({TURN: len(self) - len(others)})
-
-    def of(self, thread_id: str) -> list[Record]:
-        """Return those of one thread."""
-        return [record for record in self if record[0] == thread_id]
-
-
 class CallQueue:
     """A list of fields; to extend it by a call's is the whole cost of a call here.
 
@@ -113,13 +78,13 @@ class CallQueue:
 
     def __len__(self) -> int:
         taken = self._taken
-        return max(0, len(self._fields) - taken) // _FIELDS
+        return max(0, len(self._fields) - taken) // FIELDS
 
     @property
     def _taken(self) -> int:
         """Where the calls begin that are not folded; amid a fold the last one asked for is not in yet."""
         asked: int = self._following.__reduce__()[2]  # where the iterator stands
-        return max(self._read, asked - _FIELDS) if self._is_folding else asked
+        return max(self._read, asked - FIELDS) if self._is_folding else asked
 
     def drain(
         self,
@@ -130,12 +95,12 @@ class CallQueue:
     ) -> int:
         """Fold at most *limit* calls; return how many. A call is folded before it is taken off."""
         # Never so far that the iterator meets the end of the list: from there it would not go on.
-        number = min(limit, (len(self._fields) - self._read) // _FIELDS)
+        number = min(limit, (len(self._fields) - self._read) // FIELDS)
         following = self._following
         self._is_folding = True
         try:
             # The tuple is the same one for all of them, filled anew.
-            fold_all(islice(zip(*(following,) * _FIELDS, strict=False), number))
+            fold_all(islice(zip(*(following,) * FIELDS, strict=False), number))
         except BaseException:
             following.__setstate__(self._taken)
             raise
@@ -166,4 +131,4 @@ class CallQueue:
     @property
     def unfolded(self) -> int:
         """How many calls are not counted yet as folded."""
-        return (len(self._fields) - self._read) // _FIELDS
+        return (len(self._fields) - self._read) // FIELDS

@@ -15,9 +15,9 @@ from contextlib import suppress
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Final
 
-from tracker_daemon.call_queue import Waiting
 from tracker_daemon.journal import records
 from tracker_daemon.journal.records import FRAME, Opened
+from tracker_daemon.waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sized
