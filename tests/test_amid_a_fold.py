@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
-from typing import TYPE_CHECKING
+from functools import partial
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -129,3 +131,88 @@ def test_a_busy_worker_is_woken_once(registry: CollectorRegistry, monkeypatch: p
             assert len(wakings) == 2
         assert barrier.result(PATIENCE)
     assert tracker.stats().applied == 101
+
+
+def test_what_is_raised_while_a_call_wakes_the_worker(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exception of a signal's handler there: the next call wakes it, without a flush."""
+    with Tracker(MemorySink(), registry=registry, flush_interval=0.01) as tracker:
+        tracker.record_turn("first")
+        tracker.flush(PATIENCE)
+        wait_until(lambda: not tracker.backlog.places, "an idle worker")
+        loop = tracker._worker._loop
+        assert loop is not None
+        with monkeypatch.context() as patched:
+
+            def interrupted(*_: object) -> None:
+                raise KeyboardInterrupt
+
+            patched.setattr(loop, "call_soon_threadsafe", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                tracker.record_turn("second")
+        assert tracker.record_turn("third")
+        wait_until(lambda: tracker.stats().applied == 3, "all calls to be applied")
+
+
+@pytest.mark.parametrize("at", ["from the lock", "from the turn"])
+def test_what_is_raised_behind_an_acquire_leaves_no_lock_held(at: str) -> None:
+    """Else no call, or no fold, would ever go on."""
+    backlog = _backlog()
+
+    class Interrupted:
+        """A lock behind whose taking a signal's handler raises."""
+
+        def __init__(self, lock: Any) -> None:
+            self.lock = lock
+            self._is_owned, self.release = lock._is_owned, lock.release
+
+        def acquire(self, *, blocking: bool = True) -> bool:
+            self.lock.acquire(blocking)
+            raise KeyboardInterrupt
+
+    if at == "from the lock":
+        backlog.lock = Interrupted(backlog.lock)  # type: ignore[assignment]
+    else:
+        backlog._raising = Interrupted(backlog._raising)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        backlog.enter(("a", None, 1, 1, 1_000))
+    locks = [backlog.lock, backlog._raising, backlog._turn]
+    assert not any(lock._is_owned() for lock in locks)  # type: ignore[attr-defined]
+    assert len(backlog.queue) == 1, "the call is in"
+
+
+def test_closed_by_a_handler_while_the_gate_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays shut: what came in then would be counted, and never applied."""
+    backlog = _backlog()
+    really = Backlog._set_gate
+
+    def closing(self: Backlog, places: int) -> None:
+        monkeypatch.undo()
+        self.close()
+        really(self, places)
+
+    monkeypatch.setattr(Backlog, "_set_gate", closing)
+    backlog.open_gate()
+    assert backlog.closed
+    assert backlog.places == 0
+
+
+@pytest.mark.parametrize("error", [TimeoutError, RuntimeError, KeyboardInterrupt])
+def test_what_a_handler_raises_amid_a_call_reaches_the_caller(
+    registry: CollectorRegistry, error: type[BaseException]
+) -> None:
+    """Right behind the call's taking: it is not taken again, and the exception is not lost."""
+    tracker = Tracker(MemorySink(), registry=registry)
+    assert tracker.record_turn("t", "a")
+    really = tracker.backlog.queue.put
+
+    def interrupted(record: Any) -> None:
+        really(record)
+        raise error
+
+    tracker.backlog.gate = repeat(interrupted, 10)
+    for call in (partial(tracker.record_turn, "t", "a"), partial(tracker.ensure_conversation, "t")):
+        with pytest.raises(error):
+            call()
+    assert tracker.close(PATIENCE).applied == 3

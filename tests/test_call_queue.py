@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -103,8 +104,9 @@ class Model(RuleBasedStateMachine):
     def nothing_is_held(self) -> None:
         """What was taken is let go of, and of its places no more are left than calls wait, or a thousand."""
         fields = self.queue._fields
-        assert not any(fields[: self.queue._read])
-        assert self.queue._read <= max(5_000 + 5 * 3_000, len(fields) - self.queue._read)
+        assert not any(fields[: self.queue._blank])
+        assert self.queue._blank == self.queue._taken
+        assert self.queue._blank <= max(5_000 + 5 * 3_000, len(fields) - self.queue._blank)
 
 
 TestCallQueue = Model.TestCase
@@ -169,3 +171,38 @@ def test_a_call_while_the_worker_folds(far: bool) -> None:
         thread.join(PATIENCE)
     assert done == [None]
     assert backlog.places == (99 if far else 0)
+
+
+@pytest.mark.parametrize("where", ["_end_part", "_let_go"])
+def test_no_memory_to_let_go(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails behind a fold, what is folded is so, and the next drain goes on where it ended."""
+    queue = CallQueue()
+    found: list[Record] = []
+
+    def fold(records: Iterable[Record]) -> None:
+        for record in records:
+            if where == "_end_part" and len(found) == 7:
+                raise MemoryError
+            found.append(record)
+
+    calls = [a_call(number) for number in range(20)]
+    for call in calls[:10]:
+        queue.put(call)
+    with monkeypatch.context() as patched:
+
+        def fail(_: CallQueue) -> None:
+            if where == "_let_go" or queue._is_folding:
+                raise MemoryError
+
+        patched.setattr(CallQueue, where, fail)
+        with pytest.raises(MemoryError) if where == "_end_part" else nullcontext():
+            queue.drain(fold, 100, (), 0)
+    assert list(queue.waiting()) == calls[len(found) : 10]
+    for call in calls[10:]:
+        queue.put(call)
+    where = "nowhere"
+    while len(queue):
+        queue.drain(fold, 100, (), 0)
+    assert found == calls
+    assert not len(queue.folding)
+    assert queue.unfolded == 0

@@ -63,6 +63,7 @@ FLOORS = [
     {
         "postgres.statements",
         "flush_numbers",
+        "free_lock",
         "memory_sink",
         "settings",
         "logs",

@@ -8,6 +8,7 @@ garbage collector has to look at while calls come faster than they are folded, a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -71,20 +72,23 @@ class CallQueue:
     def __init__(self) -> None:
         self._fields: list[Any] = []
         self.put: Callable[[Record], object] = self._fields.extend
-        self._read = 0
-        """Where the calls begin that are not folded; before them nothing is left."""
         self._following: Any = iter(self._fields)
+        """Where it stands the calls begin that are not folded, and nothing else tells: whatever raises, that is so."""
+        self._start = 0
+        """Where the part under way begins."""
         self._is_folding = False
+        self._blank = 0
+        """Up to here nothing is left."""
 
     def __len__(self) -> int:
-        taken = self._taken
+        taken = self._taken  # looked at first: what is put meanwhile counts
         return max(0, len(self._fields) - taken) // FIELDS
 
     @property
     def _taken(self) -> int:
         """Where the calls begin that are not folded; amid a fold the last one asked for is not in yet."""
-        asked: int = self._following.__reduce__()[2]  # where the iterator stands
-        return max(self._read, asked - FIELDS) if self._is_folding else asked
+        asked: int = self._following.__reduce__()[2]
+        return max(self._start, asked - FIELDS) if self._is_folding else asked
 
     def drain(
         self,
@@ -94,35 +98,45 @@ class CallQueue:
         most: int,  # noqa: ARG002
     ) -> int:
         """Fold at most *limit* calls; return how many. A call is folded before it is taken off."""
+        self._end_part()
+        following, self._start = self._following, self._taken
         # Never so far that the iterator meets the end of the list: from there it would not go on.
-        number = min(limit, (len(self._fields) - self._read) // FIELDS)
-        following = self._following
+        number = min(limit, (len(self._fields) - self._start) // FIELDS)
         self._is_folding = True
         try:
             # The tuple is the same one for all of them, filled anew.
             fold_all(islice(zip(*(following,) * FIELDS, strict=False), number))
         except BaseException:
-            following.__setstate__(self._taken)
+            with suppress(MemoryError):  # else the next one does it
+                self._end_part()
+                self._let_go()
             raise
-        finally:
-            self._is_folding = False
+        self._is_folding = False
+        with suppress(MemoryError):  # the next one lets go of both
             self._let_go()
         return number
 
+    def _end_part(self) -> None:
+        """Go back to the call at which a fold has failed."""
+        if self._is_folding:
+            self._following.__setstate__(self._taken)
+            self._is_folding = False
+
     def _let_go(self) -> None:
-        fields, start, end = self._fields, self._read, self._taken
+        fields, end = self._fields, self._taken
         # In the place of what is read, so that nothing else moves; a part at a time, as they were folded.
-        fields[start:end] = [None] * (end - start)
-        self._read = end
+        fields[self._blank : end] = [None] * (end - self._blank)
+        self._blank = end
         if end >= _CUT and 2 * end >= len(fields):
             del fields[:end]
-            self._read = 0
+            # Nothing that can fail in between.
             self._following.__setstate__(0)
+            self._blank = 0
 
     @property
     def folding(self) -> Waiting:
         """Those of the part under way that are taken off: for a finalizer that looks in amid the fold."""
-        return Waiting(self._fields[self._read : self._taken])
+        return Waiting(self._fields[self._start : self._taken] if self._is_folding else ())
 
     def waiting(self) -> Waiting:
         """Return the calls that wait, in order."""
@@ -131,4 +145,5 @@ class CallQueue:
     @property
     def unfolded(self) -> int:
         """How many calls are not counted yet as folded."""
-        return (len(self._fields) - self._read) // FIELDS
+        start = self._start if self._is_folding else self._taken
+        return (len(self._fields) - start) // FIELDS

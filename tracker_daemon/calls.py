@@ -59,7 +59,8 @@ def tokens(value: object) -> int:
     if type(value) is bool:
         raise InvalidCall("tokens", "must be an integer, not a bool", value)
     try:
-        number = int(index(value))  # type: ignore[arg-type]  # what has no __index__ is the TypeError below
+        # A plain one has no method that could fail: what is raised there is a signal handler's.
+        number = value if type(value) is int else int(index(value))  # type: ignore[arg-type]  # else a TypeError
     except TypeError:
         raise InvalidCall("tokens", "must be an integer", value) from None
     except Exception as error:

@@ -99,7 +99,7 @@ class FrontDoor:
                 for put in self._backlog.gate:
                     put((thread_id, None, ENSURE, 0, time_ns()))
                     return True
-        except Exception:  # noqa: S110 - longer than any name: the slow way says so
+        except IndexError:  # longer than any name: the slow way says so
             pass
         try:
             name = calls.name("thread_id", thread_id)
@@ -144,7 +144,7 @@ class FrontDoor:
                 for put in self._backlog.gate:
                     put((thread_id, agent, tokens, cost, time_ns()))
                     return True
-        except Exception:  # noqa: S110 - an agent not seen before, or what is no name at all: the slow way says which
+        except LookupError:  # an agent not seen before, or longer than any name: the slow way says which
             pass
         try:
             record = (
@@ -199,14 +199,19 @@ class FrontDoor:
         if os.getpid() != self._pid:
             self._after_fork()
         backlog = self._backlog
-        bound = backlog.enter(record)
+        try:
+            bound = backlog.enter(record)
+            # First the call, then the waking: the worker that looks finds it.
+            if bound != "closed":
+                self._worker.wake()
+        except BaseException:  # of a signal's handler: the call may be in, and nobody woken; let the next one ask
+            backlog.shut_gate()
+            raise
         if bound == "closed":
             self._refusals.add("closed")
             if self._raise:
                 raise TrackerClosed
             return False
-        # First the call, then the waking: the worker that looks finds it.
-        self._worker.wake()
         if bound is None:
             return True
         self._refusals.add("full")

@@ -11,13 +11,15 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from itertools import repeat
 from operator import length_hint
-from threading import Lock, RLock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Final
 
 from tracker_daemon.books import Totals
 from tracker_daemon.call_queue import CallQueue
+from tracker_daemon.free_lock import if_free, is_mine
 from tracker_daemon.generation import Generation
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Intake:
         self._resident: tuple[Generation, ...] = ()
         """The sealed windows that are in memory."""
         self._threads = 0
-        self._turn, self._raising = RLock(), Lock()
+        self._turn, self._raising = RLock(), RLock()
         self._waiting: set[str] | None = None
         self._moves = self._new = 0
         self._counted = -1
@@ -78,13 +80,14 @@ class Intake:
 
         Callers take turns here, and none of them waits for the worker, which never takes this lock.
         """
+        if not is_mine(self.lock):
+            with self._turn:
+                return self._enter(record)
         # A finalizer's call amid the worker's own fold does not wait for a turn: whoever has it may wait for the lock.
-        in_turn = self._turn.acquire(blocking=not self.lock._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001
-        try:
-            return self._enter(record)
-        finally:
-            if in_turn:
-                self._turn.release()
+        bounds: list[str | None] = []
+        if not if_free(self._turn, lambda: bounds.append(self._enter(record))):
+            bounds.append(self._enter(record))
+        return bounds[0]
 
     def _enter(self, record: Record) -> str | None:
         waiting = len(self.queue)
@@ -105,14 +108,11 @@ class Intake:
 
     def _raise_for_others(self, calls: int) -> None:
         """Raise the gate, that who comes next need not take a turn; not where what is folded now may reach a bound."""
-        is_held = self.lock.acquire(blocking=False)
-        try:
-            # Else the worker is folding, and may be for long: it has lost the interpreter to those who call.
-            if is_held or self.queue.on_disk or self.max_pending - self._threads >= 2 * self.max_queue_size:
-                self._raise_gate(calls)
-        finally:
-            if is_held:
-                self.lock.release()
+        if if_free(self.lock, partial(self._raise_gate, calls)):
+            return
+        # The worker is folding, and may be for long: it has lost the interpreter to those who call.
+        if self.queue.on_disk or self.max_pending - self._threads >= 2 * self.max_queue_size:
+            self._raise_gate(calls)
 
     def enter_all(self, records: Sequence[Record], taken_at: int = 0) -> str | None:
         """Append *records* if all of them fit, else none; return as `enter`. Waits for a worker that is folding.
@@ -217,13 +217,8 @@ class Intake:
             return self.folded + self.queue.unfolded
 
     def _raise_gate(self, calls: int) -> None:
-        # One at a time; nobody waits: a finalizer may run in here.
-        if not self._raising.acquire(blocking=False):
-            return
-        try:
-            self._raise_to(calls)
-        finally:
-            self._raising.release()
+        # One thread at a time; nobody waits: a finalizer may run in here.
+        if_free(self._raising, partial(self._raise_to, calls))
 
     def _raise_to(self, calls: int) -> None:
         self._waiting = None  # what came by the gate is not counted there
@@ -239,7 +234,7 @@ class Intake:
 
     def _set_gate(self, places: int) -> None:
         self.gate = repeat(self.queue.put, places) if places > 0 else _SHUT
-        if self.forking:
+        if self.forking or self.closed:  # meanwhile: a signal's handler may close
             self.gate = _SHUT
 
     def _drain(self, limit: int, most: int) -> int:

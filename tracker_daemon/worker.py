@@ -151,9 +151,9 @@ class Worker:
     def wake(self) -> None:
         """Have the worker look around now; start it if need be."""
         loop = self._loop
-        # Woken already, it has not looked yet: what the caller has put it finds. A call at a bound need not write to
-        # the loop's pipe each time, which costs twenty times what the call does.
-        if not self._woken or loop is None or self._hurry:
+        # Woken already, and at work, it is to look once more: what the caller has put it finds. A call at a bound need
+        # not write to the loop's pipe each time, which costs twenty times what the call does.
+        if not (self._woken and self._event is None) or loop is None or self._hurry:
             self._woken = True
             if self._may_start:
                 self.start()
@@ -316,7 +316,10 @@ class Worker:
             timeout = left if timeout is None else min(timeout, left)
         if not (self._woken or (idle_looks and self._backlog.queue)):
             event = self._event = anyio.Event()
-            await self._clock.wait(event, timeout)
+            try:
+                await self._clock.wait(event, timeout)
+            finally:
+                self._event = None
         await anyio.lowlevel.checkpoint()
 
     def _until_due(self, now: float) -> float | None:
