@@ -86,6 +86,8 @@ NEEDED = [
 NEEDED_OF_FORKS = ["times taken over from dead children", "calls of children"]
 NEEDED_OF_MANY = ["kills while taking over"]
 """Of runs with forks and a hundred kills: in a shorter one it may not come to that."""
+NEEDED_OF_FEW = ["kills that left something pending", "windows recovered"]
+"""Of runs with fewer than fifty kills: to which others it comes there is chance."""
 
 
 class Note(IntEnum):
@@ -405,7 +407,7 @@ class KillSoak:
         self.verdict, self.in_doubt = compare(self.noted, dict(found))
 
     def _judge(self) -> bool:
-        needed = NEEDED + (NEEDED_OF_FORKS if self.forks else [])
+        needed = (NEEDED_OF_FEW if self.kills < 50 else NEEDED) + (NEEDED_OF_FORKS if self.forks else [])
         needed += NEEDED_OF_MANY if self.forks and self.kills >= 100 else []
         unmet = [name for name in needed if not self.met[name]]
         accepted = sum(map(sum, self.noted.values()))

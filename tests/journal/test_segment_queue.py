@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections import defaultdict
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.helpers import watchdog
+from tests.helpers import wait_until, watchdog
 from tests.journal.interruptions import Interruption
 from tests.journal.rig import NOW, Calls, Rig, header, recovered, small_files
 from tracker_daemon.journal import records
@@ -152,6 +153,7 @@ def test_many_threads_beside_the_worker() -> None:
             caller.start()
         for _ in range(each // burst):
             go.wait()
+            wait_until(lambda: queue.segments, "a call")  # none ends a window that has not begun
             windows += read_beside(queue, burst * threads)
         for caller in callers:
             caller.join()
@@ -170,6 +172,30 @@ def test_many_threads_beside_the_worker() -> None:
     assert not queue
     assert len(windows) > each // burst
     assert sum(len(segments) > 1 for _, segments in windows) > 10
+
+
+def test_another_thread_amid_a_look() -> None:
+    """The collector runs where something is made, and there another thread may: the chain is looked at in one step."""
+    queue = new_queue()
+    for number in range(200):
+        queue.put(a_call(number))
+
+    def other(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            queue._chain.append(queue._chain.pop())
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(other)
+    gc.set_threshold(1)
+    try:
+        for _ in range(50):
+            queue._freeze_old()
+            assert len(queue.of_window) == len(queue.segments) > 50
+            assert len(queue.waiting()) == 200
+            assert not queue.is_cut
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(other)
 
 
 def test_looking_from_another_thread() -> None:

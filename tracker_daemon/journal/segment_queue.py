@@ -110,8 +110,10 @@ class SegmentQueue(deque[None]):
         self._placed(segment)
 
     def _freeze_old(self) -> None:
-        for old in tuple(self._chain)[:-1]:
-            old.freeze()
+        # A copy: another thread may run amid `tuple(deque)`, where the collector may.
+        chain = self._chain.copy()
+        for _ in range(len(chain) - 1):
+            chain.popleft().freeze()
 
     # -- the worker's side -------------------------------------------------------------------------
 
@@ -189,7 +191,7 @@ class SegmentQueue(deque[None]):
     def waiting(self) -> Waiting:
         """Return the calls that wait, in order. From any thread: what is read meanwhile may be among them."""
         found: list[Any] = []
-        for segment in tuple(self._chain):
+        for segment in self._chain.copy():
             with suppress(ValueError):  # read and let go of meanwhile
                 offset, end = segment.read_to, segment.end
                 while offset + FRAME.size <= end and (length := FRAME.unpack_from(segment.map, offset)[0]):
@@ -207,8 +209,10 @@ class SegmentQueue(deque[None]):
     @property
     def is_cut(self) -> bool:
         """Whether the window that is read has ended: calls go to a later one."""
-        last = next(reversed(self._chain), None)
-        return last is not None and last.header.window > self.reading
+        try:
+            return self._chain[-1].header.window > self.reading
+        except IndexError:
+            return False
 
     def cut(self, following: Segment | None) -> None:
         """End the window, if that was not done: calls go to *following* from here on."""
@@ -273,7 +277,7 @@ class SegmentQueue(deque[None]):
     @property
     def of_window(self) -> list[Segment]:
         """Every segment of the open window."""
-        return [*self._read, *(each for each in tuple(self._chain) if each.header.window == self.reading)]
+        return [*self._read, *(each for each in self._chain.copy() if each.header.window == self.reading)]
 
     def end(self) -> list[Segment]:
         """Stop: freeze and return what is left. A call that comes later goes to memory alone."""
