@@ -279,6 +279,8 @@ class Worker:
                 backlog.close()  # what will never be written is not accepted
             self._barriers.release(everyone=self.halted is not None)
             self._seal_if_due(now, seen_empty)
+            if backlog.window_threads == 0:  # before calls that wait already are folded into the next one
+                seen_empty = now
             if self._keeper is not None:
                 self._keeper.keep(now, tasks)
             if backlog.queue:
@@ -288,8 +290,6 @@ class Worker:
                 else:  # what comes in slowly is gathered for a while, not fetched one by one
                     await anyio.sleep(_WHILE)
                 continue
-            if backlog.window_threads == 0:
-                seen_empty = now
             idle_looks = 0 if drained or not backlog.is_empty else idle_looks + 1
             if idle_looks > len(_SECOND_LOOKS) and self._until_due(now) == 0.0:
                 self._sealed.set()  # nothing is: the flusher is to give a sign, or to look for what children left
