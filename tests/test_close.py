@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -25,7 +26,7 @@ from tests.helpers import (
     wait_until,
     watchdog,
 )
-from tracker_daemon import DrainReport, FlushTimeout, InvalidCall, MemorySink, TrackerClosed, TrackerError
+from tracker_daemon import DrainReport, FlushTimeout, InvalidCall, MemorySink, TrackerClosed, TrackerError, host
 from tracker_daemon.sink import LedgerMissing, SinkFault
 
 if TYPE_CHECKING:
@@ -674,3 +675,34 @@ def test_two_trackers_on_one_sink(trackers: Trackers) -> None:
     other.close()
     assert sink.turns == 42
     assert len(sink.ledger) == 2
+
+
+def test_a_signal_that_comes_right_before_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not break the wait off; its handler runs soon all the same, not when the wait is over."""
+    future: Future[None] = Future()
+    handled = threading.Event()
+    before = signal.signal(signal.SIGUSR1, lambda *_: (handled.set(), future.set_result(None)))
+    really = future.result
+    waits: list[float] = []
+
+    def blocking(timeout: float) -> None:
+        waits.append(timeout)
+        if len(waits) == 1:
+            # As if nobody heard it: the handler waits for the main thread's next step in Python.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            os.kill(os.getpid(), signal.SIGUSR1)
+            try:
+                really(timeout)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        really(timeout)
+
+    monkeypatch.setattr(future, "result", blocking)
+    try:
+        host.result(future, 60)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert handled.is_set()
+    assert max(waits) < 1
+    with pytest.raises(TimeoutError):
+        host.result(Future(), 0.01)

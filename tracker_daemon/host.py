@@ -6,8 +6,9 @@ asyncio and trio alike, without a thread of the host's and without the worker ev
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -15,6 +16,8 @@ import anyio.lowlevel
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+
+_LOOK_UP: Final = 0.25
 
 
 def _call_soon() -> Callable[[Callable[[], Any]], Any]:
@@ -26,6 +29,22 @@ def _call_soon() -> Callable[[Callable[[], Any]], Any]:
     import asyncio  # noqa: PLC0415 - a trio program may never have imported it
 
     return asyncio.get_running_loop().call_soon_threadsafe
+
+
+def result(future: Future[Any], timeout: float | None) -> Any:
+    """Return the result of *future*, as its `result` does; raise `TimeoutError` after so many seconds.
+
+    A signal that comes right before the interpreter blocks does not break off the wait, and its handler would run only
+    behind it: a second Ctrl-C would wait for the whole drain. So it looks up now and then.
+    """
+    end = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = _LOOK_UP if end is None else max(0.0, min(_LOOK_UP, end - time.monotonic()))
+        try:
+            return future.result(left)
+        except TimeoutError:
+            if end is not None and time.monotonic() >= end:
+                raise
 
 
 async def wait_done(future: Future[Any], timeout: float | None) -> bool:  # noqa: ASYNC109 - it is the point

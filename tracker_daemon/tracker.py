@@ -184,7 +184,7 @@ class Tracker(FrontDoor):
         seconds, began = checked_timeout(timeout, None), self._clock.monotonic()
         barrier = self._barrier()
         try:
-            kept = barrier.result(seconds)
+            kept = host.result(barrier, seconds)
         except TimeoutError:
             kept = False
         finally:
@@ -237,7 +237,7 @@ class Tracker(FrontDoor):
         seconds = self._close_seconds(timeout)
         finished = self._stop(seconds)
         try:
-            report = finished.result(seconds + _GRACE)
+            report: DrainReport = host.result(finished, seconds + _GRACE)
         except TimeoutError:
             report = self._worker.give_up()
         self._retire()
