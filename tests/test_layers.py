@@ -78,7 +78,6 @@ FLOORS = [
     {
         "errors",
         "breath",
-        "young_rows",
         "options",
         "postgres.__init__",
         "demo.__init__",
