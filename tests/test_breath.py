@@ -124,12 +124,15 @@ def test_busy_host(sleeping: Callable[..., Clock]) -> None:
     """Beside a host that holds the interpreter parts grow, up to 2 ms; beside an idle one they are small again."""
     clock = sleeping(*[0.006] * 8, 0.0001, 0.0001, 0.006)
     held = Breath(100)
-    took = []
+    took, told = [], []
     for part in held.parts(range(12_000)):
         clock.work(len(part) * 0.000_001)
         took.append(round(len(part) * 0.001, 1))
+        told.append(held.is_held_up)
     assert took[:6] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
+    assert told[:2] == [False, True]
     assert took[9:11] == [0.1, 0.1]
+    assert told[9:12] == [False, False, True]
 
 
 def test_a_small_part_tells_nothing(sleeping: Callable[..., Clock]) -> None:

@@ -78,6 +78,7 @@ FLOORS = [
     {
         "errors",
         "breath",
+        "young_rows",
         "options",
         "postgres.__init__",
         "demo.__init__",

@@ -44,6 +44,11 @@ class Breath:
         """How much to do next."""
         return max(1, round(self._rate * self._hold))
 
+    @property
+    def is_held_up(self) -> bool:
+        """Whether another thread has the interpreter whenever it can."""
+        return self._hold > self._least
+
     def took(self, items: int, seconds: float) -> None:
         """Learn from a part how much fits: *seconds* of the thread's CPU time, so that waiting does not count."""
         if 2 * items >= self.size:  # a much smaller one tells little

@@ -3,7 +3,7 @@
 The journal has one of the same shape, whose calls are in files.
 
 A call's five fields stand in one list, behind those of the call before. A tuple for each would be something that the
-garbage collector has to look at while calls come faster than they are folded, and twice the memory.
+garbage collector has to look at while calls come faster than they are folded, and three times the memory.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class CallQueue:
     @property
     def _taken(self) -> int:
         """Where the calls begin that are not folded; amid a fold the last one asked for is not in yet."""
-        asked: int = self._following.__reduce__()[2]  # the index at which it stands
+        asked: int = self._following.__reduce__()[2]
         return max(self._start, asked - FIELDS) if self._is_folding else asked
 
     def drain(

@@ -30,6 +30,7 @@ from tracker_daemon.breath import Breath
 from tracker_daemon.journal_keeper import JournalKeeper
 from tracker_daemon.late_executor import LateExecutor
 from tracker_daemon.logs import get_logger
+from tracker_daemon.young_rows import YoungRows
 
 if TYPE_CHECKING:
     import asyncio
@@ -91,7 +92,7 @@ class Worker:
                 import_module(module)
         self._backlog, self._make_flusher, self._clock = backlog, make_flusher, clock
         self._on_start, self._journal = on_start, journal
-        self._breath = Breath(_CHUNK)
+        self._breath, self._young = Breath(_CHUNK), YoungRows()
         self._keeper = None if journal is None else JournalKeeper(backlog, journal, clock, self._on_wake)
         self._flush_interval = flush_interval
         self.finished: Future[DrainReport] = Future()
@@ -272,6 +273,7 @@ class Worker:
                 seen_empty = now
             part = self._part()
             drained = self._breath.measured(backlog.drain, part)
+            self._young.made(drained, backlog.window_threads, hurry=self._breath.is_held_up)
             backlog.open_gate(wide=bool(backlog.queue))
             if self.halted is not None:
                 backlog.close()  # what will never be written is not accepted
